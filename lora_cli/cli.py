@@ -1,0 +1,160 @@
+"""The command line: verb → config → command → exit code. The only place that prints an error.
+
+Imports nothing heavy: help, completion and every configuration error answer without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_cli import __version__
+from lora_cli.errors import LoraError, UserError, nearest, printable
+from lora_cli.spec import VERBS
+
+__all__ = ["main"]
+
+_RUN_VERBS = ("eval", "infer")
+"""Verbs that take task and model from a saved run."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `lora` with these words (sys.argv's if None) and return its exit code.
+
+    0 done · 1 our fault or the machine's · 2 the user's to mend · 130 interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb = words[0] if words and not words[0].startswith("-") else ""
+    try:
+        return _dispatch(verb, words)
+    except LoraError as error:
+        _debug()
+        return _complain(verb, str(error), 2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        return _complain(verb, "interrupted", 128 + signal.SIGINT)
+    except BrokenPipeError:
+        # The reader went away (`| head`): nothing is wrong, and Python must not complain at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        _debug()
+        return _complain(verb, "out of memory; a smaller train.batch_size or task.max_length needs less", 1)
+    except OSError as error:
+        _debug()
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(verb, f"{where}{error.strerror or error}", 1)
+    except Exception as error:
+        _debug()
+        text = f"internal error: {type(error).__name__}: {error} (LORA_DEBUG=1 shows the traceback)"
+        return _complain(verb, text, 1)
+
+
+def _dispatch(verb: str, words: list[str]) -> int:
+    if words[:1] == ["-sc"] or words[:1] == ["--shell-completion"]:
+        return _complete(words)
+    if words[:1] in (["--version"], ["-V"]):
+        print(f"lora {__version__}")
+        return 0
+    if not words or words[0] in ("-h", "--help", "help"):
+        from lora_cli.help import print_overview
+
+        print_overview()
+        return 0
+    if verb not in VERBS:
+        near = nearest(words[0], list(VERBS)) or "lora --help"
+        raise UserError(f"{words[0]}: no such verb. Did you mean {near}? There are: {', '.join(VERBS)}")
+    if {"-h", "--help"} & set(words[1:]):
+        from lora_cli.help import print_verb
+
+        print_verb(verb)
+        return 0
+    return _run(verb, words[1:])
+
+
+def _run(verb: str, words: list[str]) -> int:
+    from lora_cli import config
+
+    failed: list[tuple[config.Job, LoraError]] = []
+
+    def run_job(job: config.Job) -> float | None:
+        command = importlib.import_module(f"lora_cli.commands.{verb}")
+        try:
+            result: float | None = command.run(job.spec, directory=job.directory, overrides=job.overrides)
+            return result
+        except LoraError as error:
+            if job.sweep_number is None:
+                raise
+            # One job's failure costs the sweep that one job; it is told when it happens and again at the end.
+            _debug()
+            failed.append((job, error))
+            _complain(verb, f"job {job.sweep_number} ({' '.join(job.overrides)}): {error}", 1)
+            return None
+
+    config.launch(verb, words, run_job, saved=_saved_groups(verb, words))
+    if failed:
+        print(f"lora {verb}: {len(failed)} jobs of the sweep failed", file=sys.stderr)
+        for job, error in failed:
+            print(f"  {job.sweep_number}  {' '.join(job.overrides)}  {error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _saved_groups(verb: str, words: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+    """What the run named by run= contributes to the config of eval and infer."""
+    from lora_cli.config import SAVED_GROUPS
+    from lora_cli.runs.directory import read_saved_config
+    from lora_cli.runs.registry import find_run
+
+    named = next((word.partition("=")[2].strip("'\"") for word in words if word.startswith("run=")), None)
+    if verb not in _RUN_VERBS or not named:
+        return {}
+    saved = read_saved_config(find_run(named))
+    return {group: saved[group] for group in SAVED_GROUPS if group in saved}
+
+
+def _complete(words: list[str]) -> int:
+    """TAB: verbs and run= from here, everything else from Hydra."""
+    from lora_cli import config
+
+    if not words[1:] or not words[1].startswith("query="):
+        config.complete("train", words)
+        return 0
+    line = os.environ.get("COMP_LINE", "")
+    *before, current = line.split(" ")
+    if len(before) < 2:
+        print("\n".join(verb for verb in VERBS if verb.startswith(current)))
+        return 0
+    verb = before[1]
+    if verb not in VERBS:
+        return 0
+    if current.startswith("run=") and verb in _RUN_VERBS:
+        names = ["latest", *sorted(path.parent.name for path in Path("runs").glob("*/run.json"))]
+        print("\n".join(f"run={name}" for name in dict.fromkeys(names) if f"run={name}".startswith(current)))
+        return 0
+    shortened = " ".join([before[0], *before[2:], current])
+    point = int(os.environ.get("COMP_POINT", len(line)))
+    os.environ["COMP_LINE"] = shortened
+    os.environ["COMP_POINT"] = str(max(0, point - len(line) + len(shortened)))
+    try:
+        saved = _saved_groups(verb, before)
+    except UserError:
+        saved = {}
+    config.complete(verb, words, saved)
+    return 0
+
+
+def _complain(verb: str, text: str, code: int) -> int:
+    line = printable(text, 600 if text.startswith("internal") else 400)
+    print(f"lora {verb}: {line}" if verb in VERBS else f"lora: {line}", file=sys.stderr)
+    return code
+
+
+def _debug() -> None:
+    if os.environ.get("LORA_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exc()

@@ -1,0 +1,52 @@
+"""lora eval: a saved run and a split in, metrics and predictions out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_cli.runs.directory import write_json, write_jsonl
+from lora_cli.screen import Screen
+from lora_cli.spec import EvalRun
+from lora_cli.tasks import load_splits
+
+__all__ = ["run"]
+
+
+def run(spec: EvalRun, *, directory: Path | None = None, overrides: Sequence[str] = ()) -> float | None:
+    """Score `spec.task.split` with the saved run; returns the primary metric.
+
+    metrics.json and predictions.jsonl go to `spec.output`, else to eval/<split> in the run.
+
+    Raises:
+        UserError: the run, the data or the base model do not fit together.
+    """
+    from lora_cli.engine.evaluate import evaluate
+    from lora_cli.saved import open_saved
+
+    screen, split = Screen(), spec.task.split
+    saved = open_saved(spec)
+    rows = load_splits(
+        spec.task.data,
+        [split],
+        label=saved.task.spec.label,
+        regression=saved.task.spec.regression,
+        seed=saved.data_seed,
+    )[split]
+    encoded = saved.task.encode(rows, saved.tokenizer)
+    screen.fact("run", str(saved.path))
+    screen.fact(split, f"{len(rows):,} rows of {spec.task.name}")
+    screen.fact("device", str(saved.device))
+    scorer = evaluate(saved.model, saved.task, encoded.examples, device=saved.device, batch_size=saved.batch_size)
+    metrics = scorer.result()
+    for name, reason in scorer.undefined.items():
+        screen.warning(f"{name} is undefined: {reason}")
+    output = Path(spec.output) if spec.output else (saved.folder and saved.path / "eval" / split)
+    if output:
+        write_json(
+            output / "metrics.json",
+            {"split": split, "rows": len(rows), "metrics": metrics, "confusion": scorer.confusion},
+        )
+        write_jsonl(output / "predictions.jsonl", scorer.predictions)
+    screen.results({split: metrics})
+    return metrics[saved.task.primary_metric]

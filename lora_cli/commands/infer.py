@@ -1,0 +1,103 @@
+"""lora infer: texts in, one JSON line each out, in the order of the input."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import queue
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_cli.errors import ConfigError
+from lora_cli.spec import InferRun
+from lora_cli.tasks.rows import Rows, stream
+from lora_cli.tasks.writing import write_rows
+
+if TYPE_CHECKING:
+    from lora_cli.saved import Saved
+
+__all__ = ["run"]
+
+Row = tuple[str, dict[str, Any]]
+"""(where it stands, its cells)"""
+_BATCHES_AHEAD = 16
+"""Batches read at a time from a file, so that rows of like length can be put together."""
+
+
+def run(spec: InferRun, *, directory: Path | None = None, overrides: Sequence[str] = ()) -> None:
+    """Predict every text of `spec` and write the answers to `spec.output`, or to standard output as they come.
+
+    Raises:
+        UserError: the run, the input or the output cannot be used.
+    """
+    from lora_cli.saved import open_saved
+
+    saved = open_saved(spec)
+    rows = _rows(spec, saved)
+    if spec.input == "-":
+        chunks = _as_they_come(rows, saved.batch_size)
+    else:
+        chunks = iter(lambda: list(itertools.islice(rows, _BATCHES_AHEAD * saved.batch_size)), [])
+    answers = itertools.chain.from_iterable(_answers(saved, chunk) for chunk in chunks)
+    if spec.output is not None:
+        write_rows(Path(spec.output), answers)
+        return
+    for answer in answers:
+        sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+
+
+def _rows(spec: InferRun, saved: Saved) -> Iterator[Row]:
+    columns = saved.task.columns
+    if spec.input is not None:
+        yield from stream(spec.input, column=columns[0])
+        return
+    texts = [text for text in (spec.text, spec.text_pair) if text is not None]
+    if len(texts) != len(columns):
+        wanted = f"this task reads {', '.join(columns)}"
+        raise ConfigError(
+            "text", spec.text, f"{wanted}: {'give text and text_pair' if len(columns) == 2 else 'use input=FILE'}"
+        )
+    yield "text", dict(zip(columns, texts, strict=True))
+
+
+def _as_they_come(rows: Iterator[Row], most: int) -> Iterator[list[Row]]:
+    """Chunks of what standard input holds by now: a slow writer gets its answers at once, a fast one full batches."""
+    waiting: queue.Queue[Row | BaseException | None] = queue.Queue(maxsize=4 * most)
+
+    def read() -> None:
+        try:
+            for row in rows:
+                waiting.put(row)
+            waiting.put(None)
+        except BaseException as error:
+            waiting.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        items = [waiting.get()]
+        while len(items) < most and not waiting.empty():
+            items.append(waiting.get())
+        if chunk := [item for item in items if isinstance(item, tuple)]:
+            yield chunk
+        if isinstance(items[-1], BaseException):
+            raise items[-1]
+        if items[-1] is None:
+            return
+
+
+def _answers(saved: Saved, chunk: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """The row's text columns and the prediction of each, in order; inside the chunk batches are sorted by length."""
+    from lora_cli.engine.evaluate import predict
+
+    found = Rows([row for _, row in chunk], source="", separator="", numbers=[where for where, _ in chunk])
+    examples = saved.task.encode_texts(found, saved.tokenizer).examples
+    answers: dict[int, dict[str, Any]] = {}
+    batches = predict(saved.model, saved.task, examples, device=saved.device, batch_size=saved.batch_size)
+    for indices, logits, _ in batches:
+        answers.update(zip(indices, saved.task.decode(logits), strict=True))
+    for index, (_, row) in enumerate(chunk):
+        yield {column: row[column] for column in saved.task.columns} | answers[index]

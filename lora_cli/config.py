@@ -1,0 +1,364 @@
+"""Hydra: from command-line words to a checked dataclass. The only file that sees a DictConfig.
+
+Knows nothing of torch, of models or of run folders: what a saved run contributes arrives as plain dicts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_cli.errors import ConfigError, LoraError, RunError, UnknownName, UserError, nearest, printable
+from lora_cli.spec import VERBS, ClassificationSpec, EvalRun, FetchRun, InferRun, ModelSpec, TrainRun
+
+__all__ = ["SAVED_GROUPS", "TASK_KINDS", "Job", "conf_dir", "explain", "group_options", "launch", "to_plain"]
+
+Spec = TrainRun | EvalRun | InferRun | FetchRun
+
+TASK_KINDS: dict[str, type] = {"classification": ClassificationSpec}
+"""Kind of task → the dataclass that types its YAML files."""
+SAVED_GROUPS = ("task", "model")
+"""Groups that eval and infer take from the saved run, as the option `_run`."""
+
+_FLAGS_WITH_VALUE = frozenset(
+    ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name")
+    + ("-cd", "--config-dir", "-i", "--info")
+)
+_FLAGS = _FLAGS_WITH_VALUE | frozenset(
+    ("-m", "--multirun", "-r", "--run", "--resolve", "--hydra-help", "-sc", "--shell-completion")
+    + ("--experimental-rerun",)
+)
+_HYDRA_ONLY = frozenset(
+    ("-cp", "--config-path", "-cn", "--config-name", "-sc", "--shell-completion", "--experimental-rerun", "-r", "--run")
+)
+"""Flags that pass through, but that a person is not pointed to."""
+_TYPE_NAMES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+_LITERAL_KEYS = ("text", "text_pair")
+"""Keys whose value is the user's own words: never parsed by Hydra's grammar."""
+_PATH_KEYS = ("run", "input", "output", "model.path", "task.data.train", "task.data.validation", "task.data.test")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One point of a command: what to run and where Hydra says its files belong.
+
+    `directory` is None unless the user chose one with hydra.run.dir or the job is part of a sweep.
+    """
+
+    spec: Any
+    directory: Path | None
+    overrides: tuple[str, ...]
+    sweep_number: int | None
+
+
+def conf_dir() -> Path:
+    """The shipped conf/: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    return next(path for path in (package / "conf", package.parent / "conf") if (path / "train.yaml").is_file())
+
+
+def launch(
+    verb: str,
+    words: Sequence[str],
+    run_job: Callable[[Job], float | None],
+    *,
+    saved: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Compose the config of `verb` from `words` and call `run_job` on it, once or, with -m, for each point.
+
+    `saved` are the groups of a saved run, used where the user names no option of theirs.
+    All of Hydra's flags work (-m, --cfg, --config-dir, --info, ...).
+
+    Raises:
+        UserError: any word that does not make a valid config; nothing has run or been written by then.
+    """
+    from hydra import main as hydra_main
+
+    literals, words = _take_literals(words)
+    _register_schemas()
+    _register_user_conf()
+    _register_saved(saved or {})
+    failures: list[BaseException] = []
+
+    def task_function(cfg: Any) -> float | None:
+        # Hydra would print a line of its own and lose the exception's type, so the first one waits here.
+        try:
+            return run_job(_job(cfg, literals))
+        except Exception as error:
+            failures.append(error)
+            return None
+
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [f"lora {verb}", *_flags_first(words)]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise where it would print and exit with 1
+    try:
+        hydra_main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(task_function)()
+    except (LoraError, MemoryError):
+        raise
+    except Exception as error:
+        if os.environ.get("LORA_DEBUG") == "1":
+            raise
+        raise explain(error, verb) from error
+    finally:
+        sys.argv = argv
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+    if failures:
+        raise failures[0]
+
+
+def complete(verb: str, words: Sequence[str], saved: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Answer a shell's TAB through Hydra, with COMP_LINE already without the verb."""
+    from hydra import main as hydra_main
+
+    _register_schemas()
+    _register_user_conf()
+    _register_saved(saved or {})
+    sys.argv = ["lora", *words]
+    hydra_main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(lambda cfg: None)()
+
+
+def group_options(group: str) -> list[str]:
+    """Names that `group=` accepts: the shipped YAML files and those of ./conf."""
+    folders = [conf_dir() / group, Path("conf") / group]
+    return sorted({file.stem for folder in folders if folder.is_dir() for file in folder.glob("*.yaml")})
+
+
+def to_plain(spec: object) -> dict[str, Any]:
+    """`spec` as nested dicts, lists and scalars: what a run folder stores."""
+    return dataclasses.asdict(spec)  # type: ignore[call-overload, no-any-return]
+
+
+def explain(error: Exception, verb: str) -> UserError:
+    """The one-line form of what Hydra or OmegaConf raised while composing the config of `verb`."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    groups = [name for name, nested in nested_specs(VERBS[verb]) if nested]
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _missing_option(str(error.missing_cfg_file))
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error)
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return _unknown_key(str(cause.full_key), VERBS[verb])
+    text = " ".join(line for line in str(cause or error).splitlines() if not line.startswith(("    ", "See ")))
+    if text.startswith("Ambiguous value for argument"):
+        override = text.split("'")[1]
+        key, _, value = override.partition("=")
+        return ConfigError(key, value, "several values; add -m to sweep over them")
+    if "Multiple values for " in text:
+        group = text.partition("Multiple values for ")[2].partition(".")[0]
+        return ConfigError(group, "", f"already chosen by the defaults: write {group}=NAME without the +")
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        return _bad_value(cause)
+    for group, _, value in (word.partition("=") for word in sys.argv[1:]):
+        if group in groups and value in ("null", ""):
+            return ConfigError(group, value, f"needs a name: one of {', '.join(group_options(group))}")
+    return UserError(printable(text or type(error).__name__, 280))
+
+
+def _job(cfg: Any, literals: Mapping[str, str]) -> Job:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    spec = _validated(cfg)
+    if literals:
+        spec = dataclasses.replace(spec, **literals)
+    sweeping = hydra.mode == RunMode.MULTIRUN
+    directory = Path(hydra.runtime.output_dir)
+    return Job(
+        spec=spec,
+        directory=directory if sweeping or directory != Path.cwd() else None,
+        overrides=tuple(hydra.overrides.task),
+        sweep_number=int(hydra.job.num) if sweeping else None,
+    )
+
+
+def _validated(cfg: Any) -> Any:
+    """The dataclass tree of `cfg`: keys known, nothing missing, interpolations resolved, ranges checked."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    _reject_unknown(cfg, "")
+    try:
+        if missing := sorted(OmegaConf.missing_keys(cfg)):
+            raise ConfigError(missing[0], "", f"needs a value: {missing[0]}=...")
+        return OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise _bad_value(error) from error
+
+
+def _reject_unknown(node: Any, path: str) -> None:
+    """Refuse keys that no dataclass has. Hydra's `+key=` adds them even to a typed node, where they would vanish."""
+    from omegaconf import DictConfig, OmegaConf
+
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or node._is_interpolation():
+        return
+    schema = OmegaConf.get_type(node)
+    known = {f.name for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else None
+    for key in node:
+        name = f"{path}.{key}" if path else str(key)
+        if (known is not None and key not in known) or str(key).startswith("_"):
+            raise _unknown_key(name, OmegaConf.get_type(node._get_root()) or TrainRun)
+        _reject_unknown(node._get_node(key), name)
+
+
+def _unknown_key(key: str, root: type) -> ConfigError:
+    near = nearest(key, [*_all_keys(root), "hydra.run.dir", "hydra.sweep.dir"])
+    verb = next((verb for verb, schema in VERBS.items() if schema is root), "train")
+    hint = f" Did you mean {near}?" if near else ""
+    return ConfigError(printable(key), "", f"no such key.{hint} See lora {verb} --help")
+
+
+def _all_keys(root: type, prefix: str = "") -> list[str]:
+    """Dotted names of every key of a dataclass tree; a task's keys are those of all kinds."""
+    keys = []
+    for name, nested in nested_specs(root):
+        keys.append(prefix + name)
+        for schema in nested:
+            keys += _all_keys(schema, f"{prefix}{name}.")
+    return list(dict.fromkeys(keys))
+
+
+def nested_specs(root: type) -> list[tuple[str, list[type]]]:
+    """Each field of a spec with the spec classes that can stand there (none for a plain value)."""
+    import typing
+
+    hints = typing.get_type_hints(root)
+    found = []
+    for field in dataclasses.fields(root):
+        candidates = [hints[field.name], *typing.get_args(hints[field.name])]
+        schemas = [hint for hint in candidates if dataclasses.is_dataclass(hint)]
+        kinds = list(TASK_KINDS.values()) if field.name == "task" and schemas else schemas
+        found.append((field.name, typing.cast("list[type]", kinds)))
+    return found
+
+
+def _missing_option(missing: str) -> UserError:
+    group, _, name = missing.rpartition("/")
+    if name == "_run" and not any(word.startswith("run=") for word in sys.argv):
+        return ConfigError("run", "", "needs a value: run=FOLDER, or run=latest")
+    if name == "_run":
+        return ConfigError(group, "", f"a bare adapter does not say which; give {group}=NAME")
+    if not group:
+        return UnknownName("--config-name", name, sorted(VERBS), "config")
+    return UnknownName(group, name, group_options(group), group)
+
+
+def _unreadable(error: Any) -> UserError:
+    override = str(getattr(error, "override", ""))
+    key, equals, value = override.partition("=")
+    if not equals:
+        return ConfigError(printable(override), "", "overrides look like key=value")
+    return ConfigError(key, value, "cannot be read; put quotes around it: " + f"\"{key}='...'\"")
+
+
+def _bad_value(error: Any) -> ConfigError:
+    """A value of the wrong type, or one that points nowhere."""
+    key, text = str(error.full_key or "config"), str(error).splitlines()[0]
+    kind = text.rpartition("could not be converted to ")[2]
+    wanted = _TYPE_NAMES.get(kind) or ("a list, such as [a,b]" if "is not a ListConfig" in text else text)
+    return ConfigError(key, _value_of(error, key), wanted)
+
+
+def _value_of(error: Any, key: str) -> object:
+    override = next((word for word in sys.argv[1:] if word.lstrip("+").startswith(f"{key}=")), None)
+    if override is not None:
+        return override.partition("=")[2]
+    return getattr(error, "value", None) or ""
+
+
+def _flags_first(words: Sequence[str]) -> list[str]:
+    """Flags, then `--`, then overrides: argparse takes only one block of overrides."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        if word.split("=")[0] not in _FLAGS:
+            raise UserError(f"{word}: no such flag; there are {', '.join(sorted(_FLAGS - _HYDRA_ONLY))} and --help")
+        flags.append(word)
+        if word in _FLAGS_WITH_VALUE:
+            flags.append(next(rest, ""))
+    return [*flags, *(["--", *map(_quoted, overrides)] if overrides else [])]
+
+
+def _quoted(word: str) -> str:
+    """A path as one word of Hydra's grammar, in which = ( ) and blanks have a meaning."""
+    key, equals, value = word.partition("=")
+    plain = all(char.isalnum() or char in "/._-+~,*@%" for char in value)
+    if not equals or key not in _PATH_KEYS or plain or value[:1] in ("'", '"', "$") or not value:
+        return word
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def _take_literals(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Replace what the user wrote after text= by a placeholder, so that no grammar reads it."""
+    literals: dict[str, str] = {}
+    rest = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in _LITERAL_KEYS:
+            literals[key] = value
+            word = f"{key}=given"
+        rest.append("input='-'" if word == "-" else word)
+    return literals, rest
+
+
+def _register_schemas() -> None:
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    for verb, schema in VERBS.items():
+        store.store(group="schema", name=verb, node=schema, package="_global_")
+    for kind, schema in TASK_KINDS.items():
+        store.store(group="schema/task", name=kind, node=schema)
+    store.store(group="schema", name="model", node=ModelSpec)
+
+
+def _register_user_conf() -> None:
+    """Let ./conf add options to our groups; ours come first, so a stray conf/ cannot replace them."""
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    own = Path("conf").resolve()
+    if not own.is_dir() or own == conf_dir():
+        return
+
+    class UserConf(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            search_path.append("user", own.as_uri())
+
+    Plugins.instance().register(UserConf)
+
+
+def _register_saved(saved: Mapping[str, Mapping[str, Any]]) -> None:
+    """Offer a saved run's groups as option `_run`, typed and checked: a run folder is data from outside."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for group, values in saved.items():
+        if group == "task" and values.get("kind") not in TASK_KINDS:
+            raise RunError(
+                f"saved config: task.kind={printable(values.get('kind'))} is none of {', '.join(TASK_KINDS)}"
+            )
+        schema = TASK_KINDS[str(values["kind"])] if group == "task" else ModelSpec
+        try:
+            node = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(dict(values)))
+        except OmegaConfBaseException as error:
+            raise RunError(f"saved config: {group}.{error.full_key}: {str(error).splitlines()[0]}") from error
+        ConfigStore.instance().store(group=group, name="_run", node=node)

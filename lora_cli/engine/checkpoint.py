@@ -1,0 +1,164 @@
+"""State of a training, on disk: whole or not there, newest valid one wins. The only file that knows its files.
+
+    step-000500/  state.json  trained.safetensors  optimizer.safetensors  [best.safetensors]  manifest.json
+
+Tensors are safetensors and the rest is JSON; nothing is pickled. The order of examples and the dropout masks are
+functions of the step, so no random state has to be kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_cli.errors import RunError
+
+__all__ = ["Checkpoint", "Progress", "load_newest", "optimizer_tensors", "restore_optimizer", "save"]
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Progress:
+    """How far a training has come. Plain numbers; times in seconds."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    rows: int = 0
+    """Examples seen."""
+    tokens: int = 0
+    """Tokens seen, padding not counted."""
+    train_s: float = 0.0
+    """Time in training steps, scoring not counted."""
+    loss_sum: float = 0.0
+    """Sum of losses since the last line of metrics."""
+    loss_targets: int = 0
+    """Targets in that sum."""
+    best_step: int | None = None
+    """Step of the best scoring so far."""
+    best_value: float | None = None
+    """Its metric."""
+    stale: int = 0
+    """Scorings since then."""
+    stopped_early: bool = False
+    """Whether `train.patience` has run out."""
+
+
+@dataclass
+class Checkpoint:
+    """A training's state: numbers, trained tensors, the optimizer's, and the trained tensors at the best scoring."""
+
+    progress: Progress
+    trained: Tensors
+    optimizer: Tensors
+    best: Tensors | None = None
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+def save(
+    root: Path,
+    checkpoint: Checkpoint,
+    *,
+    identity: Mapping[str, str],
+    keep: int,
+    whole: Callable[[Path], AbstractContextManager[Path]],
+) -> Path:
+    """Write `checkpoint` under `root` and drop all but the newest `keep`.
+
+    `identity` says what the state belongs to (config, data, base) and is compared on loading. `whole` makes a
+    temporary folder that gets its name only when complete.
+    """
+    target = root / f"step-{checkpoint.progress.step:06d}"
+    with whole(target) as folder:
+        state = {
+            "progress": asdict(checkpoint.progress),
+            "scaler": checkpoint.scaler,
+            "identity": dict(identity),
+        }
+        (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        save_file(_contiguous(checkpoint.trained), folder / "trained.safetensors")
+        save_file(_contiguous(checkpoint.optimizer), folder / "optimizer.safetensors")
+        if checkpoint.best is not None:
+            save_file(_contiguous(checkpoint.best), folder / "best.safetensors")
+        digests = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+        (folder / "manifest.json").write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+    for old in _folders(root)[keep:]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_newest(root: Path, *, identity: Mapping[str, str]) -> Checkpoint | None:
+    """The newest checkpoint whose files match its manifest, or None.
+
+    Raises:
+        RunError: it belongs to another configuration, other data or another base model.
+    """
+    folder = next((folder for folder in _folders(root) if _is_whole(folder)), None)
+    if folder is None:
+        return None
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    changed = [name for name, value in identity.items() if state["identity"].get(name) != value]
+    if changed:
+        raise RunError(f"{folder}: cannot continue, the {' and the '.join(changed)} changed since; start a new run")
+    best = folder / "best.safetensors"
+    return Checkpoint(
+        progress=Progress(**state["progress"]),
+        trained=load_file(folder / "trained.safetensors"),
+        optimizer=load_file(folder / "optimizer.safetensors"),
+        best=load_file(best) if best.exists() else None,
+        scaler=state["scaler"],
+    )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
+    """The optimizer's state as named tensors: "<parameter number>.<slot>"."""
+    state: dict[int, Tensors] = optimizer.state_dict()["state"]
+    return {f"{number}.{slot}": value for number, slots in state.items() for slot, value in slots.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    state: dict[int, Tensors] = {}
+    for name, value in tensors.items():
+        number, slot = name.split(".", 1)
+        # load_state_dict takes tensors as they are, and the optimizer then changes them in place.
+        state.setdefault(int(number), {})[slot] = value.clone()
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _folders(root: Path) -> list[Path]:
+    """Checkpoint folders, newest step first; by their number, since times and listing order prove nothing."""
+    found = [folder for folder in root.glob("step-*") if folder.name[5:].isdigit()]
+    return sorted(found, key=lambda folder: int(folder.name[5:]), reverse=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        digests = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        names = {file.name for file in folder.iterdir()} - {"manifest.json"}
+        if not isinstance(digests, dict):
+            return False
+        return names == set(digests) and all(_sha256(folder / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        digest = hashlib.sha256()
+        while block := handle.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def _contiguous(tensors: Tensors) -> Tensors:
+    return {name: value.detach().contiguous() for name, value in tensors.items()}

@@ -1,0 +1,98 @@
+"""The machine: which device, which precision, its random numbers and its memory. The only file that says cuda."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lora_cli.errors import ConfigError
+from lora_cli.spec import DeviceSpec
+
+__all__ = ["Device", "open_device"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A torch device with the precision computed in. Trained weights are fp32 whatever the precision."""
+
+    device: torch.device
+    precision: str
+    reason: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the frozen base weights and of the computation."""
+        return _DTYPES[self.precision]
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Compute in `dtype`; nothing at fp32."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling for fp16, whose gradients would underflow; a pass-through otherwise."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def move(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The batch on this device; copies to a GPU overlap with its work."""
+        if self.device.type == "cpu":
+            return dict(batch)
+        pinned = self.device.type == "cuda"
+        return {
+            name: (value.pin_memory() if pinned else value).to(self.device, non_blocking=pinned)
+            for name, value in batch.items()
+        }
+
+    def seed(self, *numbers: int) -> None:
+        """Seed torch from several numbers, so that what is drawn depends on them and on nothing before."""
+        digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def peak_memory_mib(self) -> float:
+        """Peak memory so far: the GPU's allocated bytes, or the process's resident set on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read next tells the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def __str__(self) -> str:
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return f"{name}, {self.precision}{threads}"
+
+
+def open_device(spec: DeviceSpec) -> Device:
+    """The device and precision that `spec` asks for.
+
+    Raises:
+        ConfigError: the device is not on this machine, or cannot compute in the precision.
+    """
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(n for n, there in present.items() if there) if spec.name == "auto" else spec.name
+    if not present[name]:
+        here = ", ".join(n for n, there in present.items() if there)
+        raise ConfigError("device", name, f"not on this machine, which has: {here}")
+    device = torch.device(name)
+    has_bf16 = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if spec.precision == "auto":
+        reason = "auto: the GPU has bf16" if has_bf16 else f"auto: no fast bf16 on this {name}"
+        return Device(device, "bf16" if has_bf16 else "fp32", reason)
+    if spec.precision == "fp16" and name != "cuda":
+        raise ConfigError("device.precision", "fp16", f"not on {name}; bf16 or fp32")
+    return Device(device, spec.precision, "as asked")

@@ -1,0 +1,81 @@
+"""Scoring a split, and predicting: batches in, no gradient, no logits kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from lora_cli.engine.batches import by_length
+from lora_cli.engine.device import Device
+
+__all__ = ["Example", "Scorer", "Task", "evaluate", "forward", "rehearse"]
+
+
+class Example(Protocol):
+    """One encoded item of data."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the input, without padding."""
+
+
+class Scorer(Protocol):
+    """Collects predictions and the loss of a split; keeps no logits."""
+
+    def add(self, logits: torch.Tensor, batch: Mapping[str, torch.Tensor], indices: Sequence[int]) -> None: ...
+
+    def result(self) -> dict[str, float | None]: ...
+
+
+S = TypeVar("S", bound=Scorer, covariant=True)
+
+
+class Task(Protocol[S]):
+    """What the engine needs to know of a task. `S` is its kind of scorer."""
+
+    def collate(self, examples: Sequence[Any]) -> dict[str, torch.Tensor]: ...
+
+    def num_targets(self, batch: Mapping[str, torch.Tensor]) -> int: ...
+
+    def loss(self, logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
+
+    def scorer(self) -> S: ...
+
+
+def forward(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of a batch; its labels stay outside the model, since the loss is the task's."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits: torch.Tensor = model(**inputs).logits
+    return logits
+
+
+def evaluate(
+    model: torch.nn.Module, task: Task[S], examples: Sequence[Example], *, device: Device, batch_size: int
+) -> S:
+    """Score `examples`, longest first. The model is left in eval mode."""
+    scorer = task.scorer()
+    for indices, logits, batch in predict(model, task, examples, device=device, batch_size=batch_size):
+        scorer.add(logits, batch, indices)
+    return scorer
+
+
+def predict(
+    model: torch.nn.Module, task: Task[Scorer], examples: Sequence[Example], *, device: Device, batch_size: int
+) -> Iterator[tuple[list[int], torch.Tensor, dict[str, torch.Tensor]]]:
+    """(example numbers, logits, batch) of each batch, longest first."""
+    model.eval()
+    for indices in by_length([example.num_tokens for example in examples], batch_size):
+        batch = device.move(task.collate([examples[number] for number in indices]))
+        with torch.inference_mode(), device.autocast():
+            logits = forward(model, batch)
+        yield indices, logits, batch
+
+
+def rehearse(
+    model: torch.nn.Module, task: Task[Scorer], examples: Sequence[Example], *, device: Device, batch_size: int
+) -> None:
+    """Score the longest batch and forget it: what is too large for memory fails now, not after an epoch."""
+    longest = by_length([example.num_tokens for example in examples], batch_size)[0]
+    evaluate(model, task, [examples[number] for number in longest], device=device, batch_size=batch_size)

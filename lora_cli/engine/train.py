@@ -1,0 +1,183 @@
+"""The training loop. There is one, and all of it is here: forward, backward, clip, step, log, score, save."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from lora_cli.engine import checkpoint as checkpoints
+from lora_cli.engine.batches import BatchPlan
+from lora_cli.engine.checkpoint import Checkpoint, Progress, Tensors
+from lora_cli.engine.device import Device
+from lora_cli.engine.evaluate import Example, Scorer, Task, forward
+from lora_cli.engine.optim import build_optimizer, rate, set_rate
+from lora_cli.engine.selfcheck import Movement
+from lora_cli.errors import TrainingFailure
+from lora_cli.spec import TrainSpec
+
+__all__ = ["Objective", "Outcome", "Recorder", "train"]
+
+_MAX_SKIPPED = 20
+"""fp16 steps in a row that may overflow while the loss scale finds its size."""
+
+
+class Recorder(Protocol):
+    """What the loop tells the outside world."""
+
+    def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Values to keep: they depend on configuration and data only."""
+
+    def progress(self, progress: Progress, total: int, loss: float, lr: float) -> None:
+        """Where the training stands, for a person to see."""
+
+    def scored(self, step: int, metrics: Mapping[str, float | None], *, best: bool) -> None:
+        """The validation split's metrics, for a person to see."""
+
+    def checkpoint(self, checkpoint: Checkpoint) -> None:
+        """State to keep for resuming."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The metric that chooses the best checkpoint."""
+
+    name: str
+    greater_is_better: bool
+
+    def improves(self, value: float | None, best: float | None) -> bool:
+        """Whether `value` beats `best`. An undefined metric (None) beats nothing but no metric at all."""
+        if value is None or best is None:
+            return best is None
+        return value > best if self.greater_is_better else value < best
+
+
+@dataclass
+class Outcome:
+    """A finished training. `best` are the trained tensors at the best scoring."""
+
+    progress: Progress
+    total_steps: int
+    best: Tensors | None
+
+
+def train(
+    model: torch.nn.Module,
+    task: Task[Scorer],
+    examples: Sequence[Example],
+    spec: TrainSpec,
+    *,
+    groups: Sequence[Mapping[str, Any]],
+    trained: Callable[[], Tensors],
+    score: Callable[[], Mapping[str, float | None]],
+    objective: Objective,
+    device: Device,
+    recorder: Recorder,
+    data_seed: int,
+    dropout_seed: int,
+    resume: Checkpoint | None = None,
+) -> Outcome:
+    """Train `model` in place on `examples`.
+
+    `groups` are the optimizer's parameter groups, `trained` returns the tensors that a checkpoint holds, `score`
+    the metrics of the validation split. With `resume` (whose tensors are already in the model) the remaining steps
+    are exactly those of an uninterrupted training.
+
+    Raises:
+        TrainingFailure: a loss or gradient is not finite, or a self-check fails.
+    """
+    plan = BatchPlan(
+        [e.num_tokens for e in examples], spec.batch_size, spec.accumulation, spec.length_window, data_seed
+    )
+    total = spec.max_steps or math.ceil(spec.epochs * plan.steps_per_epoch)
+    optimizer, scaler = build_optimizer([dict(group) for group in groups], spec), device.scaler()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    progress, best = Progress(), None
+    if resume is not None:
+        progress, best = replace(resume.progress), resume.best
+        checkpoints.restore_optimizer(optimizer, resume.optimizer)
+        if resume.scaler:
+            scaler.load_state_dict(resume.scaler)
+    watch = Movement(model) if progress.step == 0 else None
+    # Before the warm-up ends, steps can be too small to change a float.
+    watch_until = min(total, max(2, math.ceil(total * spec.warmup) + 1))
+    skipped = 0
+
+    for step, window in plan.steps(progress.step, total if not progress.stopped_early else progress.step):
+        started = time.perf_counter()
+        lr = set_rate(optimizer, rate(step, total, spec))
+        batches = [task.collate([examples[number] for number in numbers]) for numbers in window]
+        targets = sum(task.num_targets(batch) for batch in batches)
+        model.train()
+        loss_sum = torch.zeros((), device=device.device)
+        for number, cpu_batch in enumerate(batches):
+            batch = device.move(cpu_batch)
+            # Seeded by the step: dropout then owes nothing to what ran before, be it a scoring or an earlier process.
+            device.seed(dropout_seed, step, number)
+            with device.autocast():
+                loss = task.loss(forward(model, batch), batch)
+            # Divided by the targets of the whole step, so that accumulation equals one big batch.
+            scaler.scale(loss / max(1, targets)).backward()  # type: ignore[no-untyped-call]
+            loss_sum += loss.detach()
+        scaler.unscale_(optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm or math.inf))
+        mean_loss = float(loss_sum) / max(1, targets)
+        skipped = _check_finite(mean_loss, norm, step, lr, skipped, overflow_allowed=scaler.is_enabled())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        device.synchronize()
+        progress.step = step + 1
+        progress.rows += sum(map(len, window))
+        progress.tokens += sum(examples[number].num_tokens for numbers in window for number in numbers)
+        progress.train_s += time.perf_counter() - started
+        progress.loss_sum += float(loss_sum)
+        progress.loss_targets += targets
+        if watch and not skipped and progress.step >= watch_until:
+            watch.verify(still=(".A",) if progress.step == 1 else ())
+            watch = None
+
+        last = progress.step == total
+        if progress.step % spec.log_every == 0 or last:
+            logged = progress.loss_sum / max(1, progress.loss_targets)
+            epoch = progress.step / plan.steps_per_epoch
+            values = {"epoch": epoch, "train/loss": logged, "train/lr": lr, "train/grad_norm": norm}
+            recorder.metrics(progress.step, values)
+            progress.loss_sum, progress.loss_targets = 0.0, 0
+            recorder.progress(progress, total, logged, lr)
+        scoring = progress.step % (spec.eval_every or plan.steps_per_epoch) == 0 or last
+        if scoring:
+            metrics = score()
+            recorder.metrics(progress.step, {f"validation/{name}": value for name, value in metrics.items()})
+            if objective.improves(metrics[objective.name], progress.best_value):
+                progress.best_step, progress.best_value, progress.stale = progress.step, metrics[objective.name], 0
+                best = {name: tensor.detach().clone() for name, tensor in trained().items()}
+            else:
+                progress.stale += 1
+            recorder.scored(progress.step, metrics, best=progress.stale == 0)
+            progress.stopped_early = spec.patience is not None and progress.stale >= spec.patience
+        if (progress.step % spec.save_every == 0 if spec.save_every else scoring) or last or progress.stopped_early:
+            recorder.checkpoint(
+                Checkpoint(progress, trained(), checkpoints.optimizer_tensors(optimizer), best, scaler.state_dict())
+            )
+        if progress.stopped_early:
+            break
+    return Outcome(progress, total, best)
+
+
+def _check_finite(loss: float, norm: float, step: int, lr: float, skipped: int, *, overflow_allowed: bool) -> int:
+    """The number of steps skipped in a row; 0 for a healthy one."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return 0
+    if overflow_allowed and math.isfinite(loss) and skipped < _MAX_SKIPPED:
+        return skipped + 1
+    what = f"loss {loss:g}" if not math.isfinite(loss) else f"gradient norm {norm:g}"
+    raise TrainingFailure(
+        f"step {step + 1}: {what} at learning rate {lr:.3g}; no step was taken with it. "
+        "A smaller train.lr, or the newest checkpoint under checkpoints/, is the way on"
+    )

@@ -1,0 +1,250 @@
+"""Base models: a checkpoint with a head for the task, ready to be adapted.
+
+Knows transformers and ModelSpec; nothing of adapters, rows or training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_cli.errors import ModelError, UnknownName, printable
+from lora_cli.families import FAMILIES, layer_groups
+from lora_cli.sources import check_checkpoint, find_source
+from lora_cli.spec import ModelSpec
+from lora_cli.tokenizer import build_tiny_tokenizer, explained, load_tokenizer, quiet
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["BaseModel", "load_base"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """A base model with a head for the task, in eval mode, and what an adapter must know of it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    family: str
+    """transformers' model_type."""
+    groups: Mapping[str, Sequence[str]]
+    """Names that lora.targets may use for several layers → dotted suffixes, or re:REGEX."""
+    fresh: tuple[str, ...]
+    """Outermost modules that the checkpoint lacks: they have to be trained whole, and saved."""
+    skip: tuple[str, ...]
+    """Output embedding: not a target of all-linear."""
+    max_length: int
+    """Tokens that the positions suffice for."""
+    source: str
+    """Where it came from, for people."""
+    base_name: str
+    """What the adapter names as its base: a hub id where there is one."""
+    revision: str | None
+    """Commit of the hub model, as far as it is known."""
+
+
+def load_base(
+    spec: ModelSpec,
+    *,
+    num_outputs: int,
+    labels: Sequence[str] | None,
+    problem: str,
+    seed: int,
+    dtype: torch.dtype | None = None,
+) -> BaseModel:
+    """The model of `spec` with a head of `num_outputs` for "classification" or "regression".
+
+    What the checkpoint lacks is drawn as transformers draws it, but from a generator seeded by
+    (`seed`, parameter name): the same head whatever else was loaded or drawn before. The global
+    generators are left as they were, and nothing is printed. `dtype` None: fp32.
+
+    Raises:
+        ModelError: the checkpoint is missing, damaged, not trusted, or not made for this.
+        UnknownName: model.family or a key of model.random is none.
+    """
+    import torch
+
+    head = _head_settings(num_outputs, labels, problem)
+    source = find_source(spec)
+    if source.folder is not None:
+        check_checkpoint(source.folder, spec)
+    with quiet(), torch.random.fork_rng(devices=[]):
+        if source.folder is None:
+            model, tokenizer, fresh = _build_random(spec, head, dtype or torch.float32)
+            _draw(model, [name for name, _ in model.named_parameters()], seed)
+        else:
+            tokenizer = load_tokenizer(source.folder, trust_remote_code=spec.trust_remote_code)
+            model, fresh = _load_checkpoint(source.folder, spec, head, dtype or torch.float32)
+            _draw(model, fresh, seed)
+    _check_vocabulary(model, tokenizer, source.folder or f"model.random of {spec.name}")
+    return BaseModel(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        family=model.config.model_type,
+        groups=layer_groups(model.config.model_type, spec.targets),
+        fresh=_outermost(model, fresh),
+        skip=_output_embedding(model),
+        max_length=_num_positions(model, tokenizer),
+        source=source.text,
+        base_name=source.base_name,
+        revision=source.revision,
+    )
+
+
+def _head_settings(num_outputs: int, labels: Sequence[str] | None, problem: str) -> dict[str, Any]:
+    problem_type = "regression" if problem == "regression" else "single_label_classification"
+    settings: dict[str, Any] = {"num_labels": num_outputs, "problem_type": problem_type}
+    if labels is not None:
+        settings["id2label"] = dict(enumerate(labels))
+        settings["label2id"] = {label: position for position, label in enumerate(labels)}
+    return settings
+
+
+def _load_checkpoint(
+    folder: Path, spec: ModelSpec, head: Mapping[str, Any], dtype: torch.dtype
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model in `folder`, and the names of the parameters that the checkpoint lacks."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    options = {"local_files_only": True, "trust_remote_code": spec.trust_remote_code}
+    with explained(folder, "config"):
+        config = AutoConfig.from_pretrained(str(folder), **options)
+    if not hasattr(config, "auto_map"):
+        _check_class(folder, config)
+    _configure(config, head, spec.dropout)
+    with explained(folder, "weights"):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            # Other shapes are refused below, where they can be named; transformers only logs them.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    _check_loaded(folder, model, info)
+    # Loaded tensors lie in the mapped file: at odd addresses, where other kernels round differently, and
+    # at the mercy of whoever writes to that file.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model, sorted(info["missing_keys"])
+
+
+def _build_random(
+    spec: ModelSpec, head: Mapping[str, Any], dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """A model of random weights with a tokenizer of its own, and the names of its head's parameters."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    assert spec.family is not None, "ModelSpec asks for a family where there is `random`"
+    if spec.family not in FAMILIES:
+        raise UnknownName("model.family", spec.family, FAMILIES, "family with random weights")
+    settings = dict(spec.random or {})
+    known = AutoConfig.for_model(spec.family).to_dict()
+    allowed = [*known, *FAMILIES[spec.family].undeclared]
+    for key in settings:
+        if key not in allowed:
+            raise UnknownName("model.random", key, allowed, f"setting of {spec.family}")
+    tokenizer = build_tiny_tokenizer(token_types=settings.get("type_vocab_size", known.get("type_vocab_size", 0)) > 1)
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    ids |= {f"{role}_token_id": tokenizer.cls_token_id for role in ("cls", "bos")}
+    ids |= {f"{role}_token_id": tokenizer.sep_token_id for role in ("sep", "eos")}
+    with explained(Path("model.random"), "model"):
+        config = AutoConfig.for_model(spec.family, **({key: ids[key] for key in ids if key in known} | settings))
+        _configure(config, head, spec.dropout)
+        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype, trust_remote_code=False)
+    inside = f"{model.base_model_prefix}."
+    return model, tokenizer, [name for name, _ in model.named_parameters() if not name.startswith(inside)]
+
+
+def _configure(config: PretrainedConfig, head: Mapping[str, Any], dropout: float | None) -> None:
+    for key, value in head.items():
+        setattr(config, key, value)
+    if dropout is None:
+        return
+    for key, value in config.to_dict().items():
+        is_probability = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_probability and ("dropout" in key or "pdrop" in key):
+            setattr(config, key, dropout)
+
+
+def _draw(model: PreTrainedModel, names: Iterable[str], seed: int) -> None:
+    """Initialise the named parameters as the model itself would, each from a generator of its own."""
+    import torch
+
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    for name in names:
+        parameter = model.get_parameter(name)
+        parameter._is_hf_initialized = False
+        for path in _ancestors(name):
+            # A parent may draw for its children: ModernBERT's classifier is its model's to draw.
+            model.get_submodule(path)._is_hf_initialized = False
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+        model.initialize_weights()
+        parameter._is_hf_initialized = True
+
+
+def _ancestors(name: str) -> list[str]:
+    """Modules that hold a parameter, outermost first: "a.b.weight" → "", "a", "a.b"."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts))]
+
+
+def _outermost(model: PreTrainedModel, fresh: Iterable[str]) -> tuple[str, ...]:
+    """The largest modules all of whose parameters are `fresh`."""
+    fresh = set(fresh)
+    known = {path for name, _ in model.named_parameters() if name not in fresh for path in _ancestors(name)}
+    modules = {next((path for path in _ancestors(name) if path not in known), name) for name in fresh}
+    return tuple(sorted(modules))
+
+
+def _output_embedding(model: PreTrainedModel) -> tuple[str, ...]:
+    output = model.get_output_embeddings()
+    return tuple(name for name, module in model.named_modules() if module is output)
+
+
+def _num_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that the position table suffices for; RoBERTa counts from behind the pad token's number."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and hasattr(module, "num_embeddings"):
+            return int(module.num_embeddings) - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return int(getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length)
+
+
+def _check_class(folder: Path, config: PretrainedConfig) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES
+
+    if config.model_type not in CLASSES:
+        found = ", ".join(config.architectures or ["a model"])
+        wanted = "AutoModelForSequenceClassification has no class for it"
+        raise ModelError(
+            f"{printable(folder)}: holds {printable(found, 60)} ({config.model_type}), not made for this task: {wanted}"
+        )
+
+
+def _check_loaded(folder: Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        shapes = f"{name} has shape {list(found)} there, {list(wanted)} here"
+        hint = "" if name.startswith(f"{model.base_model_prefix}.") else "; it was saved with a head for another task"
+        raise ModelError(f"{printable(folder)}: {shapes}{hint}")
+    # Only a head may be new, and the pooler, which checkpoints of masked language models lack.
+    inside, pooler = f"{model.base_model_prefix}.", f"{model.base_model_prefix}.pooler."
+    lost = sorted(name for name in info["missing_keys"] if name.startswith(inside) and not name.startswith(pooler))
+    if lost:
+        raise ModelError(f"{printable(folder)}: its weights lack {printable(lost[0])} and {len(lost) - 1} more")
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: object) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= rows:
+        numbers = f"token {printable(token, 40)} has number {largest}, the model has embeddings for {rows}"
+        raise ModelError(f"{printable(where)}: the tokenizer does not fit the model: {numbers}")

@@ -1,0 +1,231 @@
+"""An adapter on disk: PEFT's two files, and lora.json with what PEFT has no place for. The trust boundary.
+
+Loading believes nothing: config and header are checked against the model, name by name and shape by shape, before a
+tensor is read; all tensors are checked before the model is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli import __version__
+from lora_cli.errors import AdapterError, ConfigError, printable
+from lora_cli.nn.inject import Injection, adapted_layers, inject_plan
+from lora_cli.nn.peft_format import (
+    PREFIX,
+    PeftConfig,
+    StoredTensor,
+    build_config,
+    ignored_keys,
+    parse_config,
+    plan_from,
+    stored_tensors,
+)
+from lora_cli.nn.targets import LayerPlan, Plan, check_plan, is_inside
+from lora_cli.nn.untrusted import TensorEntry, read_header, read_json, read_tensor, where
+
+__all__ = ["AdapterFile", "fingerprint", "load_adapter", "read_adapter", "save_adapter"]
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_FACTS = "lora.json"
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+_FORMAT = 1
+_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter folder, read but for its tensors."""
+
+    folder: Path
+    """Where it is."""
+    config: PeftConfig
+    """What adapter_config.json says."""
+    tensors: Mapping[str, TensorEntry]
+    """What the header of the weights says."""
+    fingerprint: str | None
+    """Fingerprint of the base it was trained on; None if it was not made here."""
+    extra: Mapping[str, Any]
+    """What `save_adapter` was given as `extra`."""
+
+
+def fingerprint(model: nn.Module, *, fresh: Sequence[str]) -> str:
+    """A hash that tells base models apart; the same on every device and in fp32 and bf16. Milliseconds.
+
+    Hashes the name, shape and 64 evenly spaced values, rounded to bf16, of each parameter outside `fresh`. To be
+    taken before `inject`.
+    """
+    assert not adapted_layers(model), "take the fingerprint before the model is adapted"
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if is_inside(name, fresh):
+            continue
+        flat = parameter.detach().flatten()
+        chosen = torch.linspace(0, max(flat.numel() - 1, 0), min(_SAMPLES, flat.numel()), dtype=torch.float64)
+        values = flat[chosen.round().long().to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(f"{name}:{list(parameter.shape)}:{values.tolist()};".encode())
+    return digest.hexdigest()
+
+
+def save_adapter(
+    model: nn.Module,
+    injection: Injection,
+    folder: Path,
+    *,
+    base_name: str | None,
+    revision: str | None,
+    task_type: str | None,
+    fingerprint: str | None,
+    extra: Mapping[str, Any],
+) -> None:
+    """Write the adapter of `model` as PEFT reads it, in fp32, and `extra` (JSON) beside it; merged or not.
+
+    The folder gets its name only when it is complete. An adapter already there is replaced.
+
+    Raises:
+        AdapterError: `folder` exists and holds something else.
+    """
+    spec = injection.spec
+    layers = {name: LayerPlan("", layer.r, layer.alpha) for name, layer in adapted_layers(model).items()}
+    config, plan = build_config(model, Plan(layers, injection.trained_whole), spec, task_type)
+    config |= {"base_model_name_or_path": base_name, "revision": revision}
+    facts = {"format": _FORMAT, "made_by": f"lora-cli {__version__}", "fingerprint": fingerprint, "extra": dict(extra)}
+    tensors = {
+        stored.keys[0]: model.get_parameter(stored.parameter).detach().float().cpu().contiguous()
+        for stored in stored_tensors(model, plan, spec)
+    }
+    _write_folder(folder, {_CONFIG: dict(sorted(config.items())), _FACTS: facts}, tensors)
+
+
+def read_adapter(folder: Path) -> AdapterFile:
+    """Check all of an adapter folder that can be checked without its base model; no tensor is read.
+
+    Raises:
+        AdapterError: a file is missing, damaged, of a kind that is never opened, or asks for what is not supported.
+    """
+    if not os.path.lexists(folder / _CONFIG):
+        raise AdapterError(f"{where(folder)}: no adapter here ({_CONFIG} is missing)")
+    config = parse_config(read_json(folder / _CONFIG), where(folder / _CONFIG))
+    if not os.path.lexists(folder / _WEIGHTS):
+        pickles = [name for name in _PICKLES if os.path.lexists(folder / name)]
+        hint = f"; {pickles[0]} is a pickle, which is never opened: save it as safetensors" if pickles else ""
+        raise AdapterError(f"{where(folder)}: {_WEIGHTS} is missing{hint}")
+    tensors = read_header(folder / _WEIGHTS)
+    facts = _read_facts(folder / _FACTS)
+    return AdapterFile(folder, config, tensors, facts.get("fingerprint"), facts.get("extra", {}))
+
+
+def load_adapter(
+    model: nn.Module,
+    source: Path | AdapterFile,
+    *,
+    fresh: Sequence[str],
+    fingerprint: str | None,
+    force_base: bool = False,
+) -> Injection:
+    """Adapt `model` in place as the adapter at `source` says, with its weights. On an error the model is untouched.
+
+    `fresh` names the modules that the base has no weights for: the adapter must bring them. `fingerprint` is the
+    base's; one recorded in the adapter must equal it, unless `force_base`.
+
+    Raises:
+        AdapterError: the adapter is damaged, or was made for another model.
+    """
+    file = source if isinstance(source, AdapterFile) else read_adapter(source)
+    if not force_base and None not in (fingerprint, file.fingerprint) and fingerprint != file.fingerprint:
+        name = printable(file.config.base_name, 60)
+        raise AdapterError(
+            f"{where(file.folder)}: it was trained on another base model ({name}) than the one loaded; "
+            "the weights differ. force_base=true uses it nevertheless"
+        )
+    plan = plan_from(model, file.config, fresh, where(file.folder / _CONFIG))
+    try:
+        check_plan(model, plan, file.config.spec)
+    except ConfigError as error:
+        raise AdapterError(f"{where(file.folder / _CONFIG)}: {printable(error, 180)}") from error
+    tensors = _read_tensors(file, stored_tensors(model, plan, file.config.spec), ignored_keys(model, plan))
+    injection = inject_plan(model, plan, file.config.spec)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            model.get_parameter(name).copy_(tensor)
+    return injection
+
+
+def _read_tensors(file: AdapterFile, expected: Sequence[StoredTensor], ignored: set[str]) -> dict[str, Tensor]:
+    """Parameter name → tensor, if the file holds exactly the `expected` ones, all finite."""
+    path = file.folder / _WEIGHTS
+    found = {stored: next((key for key in stored.keys if key in file.tensors), None) for stored in expected}
+    missing = [stored.keys[0] for stored, key in found.items() if key is None]
+    if missing:
+        raise AdapterError(f"{where(path)}: {len(missing)} tensors are missing: {_few(missing)}")
+    unknown = file.tensors.keys() - ignored - set(found.values())
+    if unknown:
+        raise AdapterError(f"{where(path)}: {len(unknown)} tensors do not belong to this adapter: {_few(unknown)}")
+    keys = {stored: key for stored, key in found.items() if key is not None}
+    for stored, key in keys.items():
+        have, want = file.tensors[key].shape, stored.shape
+        if have != want:
+            raise AdapterError(f"{where(path)}: {_few([key])} has shape {list(have)}, this model needs {list(want)}")
+    tensors = {}
+    for stored, key in keys.items():
+        tensors[stored.parameter] = read_tensor(path, file.tensors[key]).float()
+        if not tensors[stored.parameter].isfinite().all():
+            raise AdapterError(f"{where(path)}: {_few([key])} holds NaN or infinity")
+    return tensors
+
+
+def _few(keys: Iterable[str]) -> str:
+    return ", ".join(printable(key.removeprefix(PREFIX), 50) for key in sorted(keys)[:3])
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    if not os.path.lexists(path):
+        return {}
+    facts = read_json(path)
+    version = facts.get("format")
+    if version != _FORMAT:
+        raise AdapterError(f"{where(path)}: format {printable(version, 20)}; this version of lora reads {_FORMAT}")
+    if not isinstance(facts.get("fingerprint"), (str, type(None))) or not isinstance(facts.get("extra", {}), dict):
+        raise AdapterError(f"{where(path)}: fingerprint must be a text and extra an object")
+    return facts
+
+
+def _write_folder(folder: Path, documents: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save
+
+    if folder.exists() and any(folder.iterdir()) and not (folder / _CONFIG).exists():
+        raise AdapterError(f"{where(folder)}: there is something else; name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary, replaced = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        for name, document in documents.items():
+            _write(temporary / name, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+        _write(temporary / _WEIGHTS, save(dict(tensors), metadata={"format": "pt"}))
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            folder.rename(replaced)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,246 @@
+"""Adapters in a model: put in, merged, taken out, collected for the optimizer. Knows no file and no command.
+
+`inject` changes a model in place, `merge` and `unmerge` its base weights, `remove` undoes `inject`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli.errors import AdapterError
+from lora_cli.nn.layers import LoraLinear, generator_for
+from lora_cli.nn.targets import Plan, first_names, is_inside, plan_adapter
+from lora_cli.nn.variants import VARIANTS
+from lora_cli.spec import LoraSpec
+
+__all__ = [
+    "Injection",
+    "TargetRow",
+    "adapted_layers",
+    "inject",
+    "inject_plan",
+    "load_trainable_state",
+    "merge",
+    "parameter_groups",
+    "remove",
+    "trainable_state",
+    "unmerge",
+]
+
+
+@dataclass(frozen=True)
+class TargetRow:
+    """What one entry of `lora.targets` matched."""
+
+    pattern: str
+    """The entry."""
+    modules: tuple[str, ...]
+    """Names of the adapted layers, in the model's order."""
+    ranks: tuple[int, ...]
+    """Their ranks, in the same order."""
+    num_parameters: int
+    """Trained parameters in them."""
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What was done to a model."""
+
+    spec: LoraSpec
+    """The settings it was done by."""
+    rows: tuple[TargetRow, ...]
+    """Adapted layers by the entry that chose them."""
+    trained_whole: tuple[str, ...]
+    """Modules that train whole: the fresh head and `lora.modules_to_save`."""
+    num_trainable: int
+    """Parameters that train."""
+    num_adapter: int
+    """Of these, parameters of the adapters."""
+    num_total: int
+    """Parameters of the model, adapters included."""
+
+
+def inject(
+    model: nn.Module,
+    spec: LoraSpec,
+    *,
+    groups: Mapping[str, Sequence[str]],
+    fresh: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    seed: int = 0,
+) -> Injection:
+    """Adapt `model` in place; whatever `spec` does not train is frozen. On an error the model is untouched.
+
+    `groups` gives names such as "default" their dotted suffixes; "all-linear" is built in. `fresh` names the
+    modules without pretrained weights: they train whole. `skip` is what "all-linear" leaves out besides: the
+    output embedding. Layers inside a module that trains whole are never adapted. Trained tensors become fp32, so
+    a base in a narrower dtype has to run under autocast.
+
+    Raises:
+        UnknownName: a target, pattern or module that matches nothing.
+        ConfigError: an entry that matches no Linear, or a choice that this model does not allow.
+        AdapterError: the model is adapted already.
+    """
+    return inject_plan(model, plan_adapter(model, spec, groups=groups, fresh=fresh, skip=skip), spec, seed=seed)
+
+
+def inject_plan(model: nn.Module, plan: Plan, spec: LoraSpec, *, seed: int = 0) -> Injection:
+    """`inject` with the layers already chosen; of `spec`, targets and patterns are not read."""
+    if adapted_layers(model):
+        raise AdapterError("the model is adapted already; remove that adapter first")
+    model.requires_grad_(False)
+    layers = {
+        name: LoraLinear(
+            model.get_submodule(name),  # type: ignore[arg-type]
+            r=layer.r,
+            alpha=layer.alpha,
+            scaling=spec.scaling,
+            dropout=spec.dropout,
+            variant=spec.variant,
+            generator=generator_for(seed, name),
+        )
+        for name, layer in plan.layers.items()
+    }
+    for name, first in first_names(model).items():
+        if first in layers:
+            model.set_submodule(name, layers[first].train(model.training))
+    for parameter in _trained_base_parameters(model, plan.whole, spec.bias):
+        parameter.requires_grad_(True)
+    _widen_trained(model)
+    return _injection(model, plan, spec)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """Module name → adapted layer, in the model's order; a shared layer is named once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def merge(model: nn.Module) -> dict[str, float]:
+    """Write every update into its base weight. Returns layer → the largest change of a weight.
+
+    Computed in fp32 and rounded once. Copies of the base weights are kept for `unmerge`.
+
+    Raises:
+        AdapterError: merged already, or a merged weight is not finite; no layer is merged then.
+    """
+    layers = adapted_layers(model)
+    changes: dict[str, float] = {}
+    for name, layer in layers.items():
+        try:
+            changes[name] = layer.merge()
+        except AdapterError as error:
+            for done in changes:
+                layers[done].unmerge()
+            raise AdapterError(f"{name}: {error}") from error
+    return changes
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put every base weight back, bit for bit.
+
+    Raises:
+        AdapterError: a layer is not merged.
+    """
+    for layer in adapted_layers(model).values():
+        layer.unmerge()
+
+
+def remove(model: nn.Module) -> None:
+    """Put plain modules back in place of the adapted ones. A merged update stays in them; any other is lost."""
+    layers = adapted_layers(model)
+    for name, first in first_names(model).items():
+        if first in layers:
+            model.set_submodule(name, layers[first].base_layer)
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameter name → a copy of every parameter that trains, on its device."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy what `trainable_state` returned back into `model`.
+
+    Raises:
+        AdapterError: a name too many or too few, or another shape; the model is untouched.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    differing = sorted(parameters.keys() ^ state.keys())
+    if differing:
+        lack = "is missing" if differing[0] in parameters else "is not trained here"
+        raise AdapterError(f"trained state: {differing[0]} {lack} ({len(differing)} names differ)")
+    for name, parameter in parameters.items():
+        if parameter.shape != state[name].shape:
+            have, want = list(state[name].shape), list(parameter.shape)
+            raise AdapterError(f"trained state: {name} has shape {have}, this model needs {want}")
+    for name, parameter in parameters.items():
+        parameter.copy_(state[name])
+
+
+def parameter_groups(
+    model: nn.Module, injection: Injection, *, lr: float, head_lr: float | None, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: {head, rest} × {decayed, not}, without the empty ones; "names" lists each one's names.
+
+    Biases, norms and magnitudes (one dimension) are not decayed. `head_lr` is for modules that train whole.
+    """
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_head, is_decayed = is_inside(name, injection.trained_whole), parameter.ndim > 1
+        rates = {
+            "lr": head_lr if is_head and head_lr is not None else lr,
+            "weight_decay": weight_decay if is_decayed else 0.0,
+        }
+        group = groups.setdefault((is_head, is_decayed), {"params": [], "names": [], **rates})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _trained_base_parameters(model: nn.Module, whole: Sequence[str], bias: str) -> Iterator[nn.Parameter]:
+    for name in whole:
+        yield from model.get_submodule(name).parameters()
+    if bias == "lora_only":
+        yield from (layer.bias for layer in adapted_layers(model).values() if layer.bias is not None)
+    elif bias == "all":
+        yield from (p for name, p in model.named_parameters() if f".{name}".endswith(".bias"))
+
+
+def _widen_trained(model: nn.Module) -> None:
+    """Make what trains fp32, and with it the rest of a norm, which needs all its parameters in one dtype."""
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if any(p.requires_grad for p in own):
+            for parameter in own:
+                if parameter.requires_grad or not isinstance(module, nn.Linear):
+                    parameter.data = parameter.data.float()
+
+
+def _injection(model: nn.Module, plan: Plan, spec: LoraSpec) -> Injection:
+    sizes = {name: _num_adapter(layer) for name, layer in adapted_layers(model).items()}
+    rows = []
+    for pattern in dict.fromkeys(layer.pattern for layer in plan.layers.values()):
+        modules = tuple(name for name, layer in plan.layers.items() if layer.pattern == pattern)
+        ranks = tuple(plan.layers[name].r for name in modules)
+        rows.append(TargetRow(pattern, modules, ranks, sum(sizes[name] for name in modules)))
+    return Injection(
+        spec=spec,
+        rows=tuple(rows),
+        trained_whole=plan.whole,
+        num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_adapter=sum(sizes.values()),
+        num_total=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def _num_adapter(layer: LoraLinear) -> int:
+    names = ("A", "B", *VARIANTS[layer.variant].parameters)
+    return sum(layer.get_parameter(name).numel() for name in names)

@@ -1,0 +1,1 @@
+"""What stays on disk. Knows nothing of tensors or of Hydra."""

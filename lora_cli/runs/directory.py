@@ -1,0 +1,302 @@
+"""A run folder: its name, its files, its status. Every file is written whole or not at all.
+
+    runs/2026-11-22_sst2_minilm_r8_1a2b3c4d/
+        config.yaml  overrides.txt  run.json  metrics.jsonl  log.txt
+        adapter/  tokenizer/  checkpoints/step-000500/  predictions/validation.jsonl  eval/<split>/
+
+What is read back is data from outside: plain values only, of bounded size, nothing resolved or instantiated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from lora_cli.errors import RunError, printable
+
+__all__ = [
+    "FORMAT",
+    "RunDirectory",
+    "atomic_folder",
+    "read_json",
+    "read_saved_config",
+    "signature",
+    "write_atomic",
+    "write_json",
+    "write_jsonl",
+]
+
+FORMAT = 1
+"""Version of the layout above; a run of a newer one is refused."""
+MAX_CONFIG_BYTES = 1 << 20
+_NOT_IN_SIGNATURE = ("tracker", "resume", "device.threads", "device.name", "train.log_every", "train.keep")
+"""Keys that change where or how often something is written, not the result."""
+
+
+class RunDirectory:
+    """One run's folder. Made by `create`, found by `open`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.adapter = path / "adapter"
+        self.tokenizer = path / "tokenizer"
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def create(cls, config: Mapping[str, Any], *, directory: Path | None, overrides: Iterable[str]) -> RunDirectory:
+        """Make the folder of a new run and write its config.
+
+        `directory` is the folder the user chose, which must hold no run; None: a name of ours under runs/.
+
+        Raises:
+            RunError: `directory` already holds a run, or a file is in the way.
+        """
+        path = directory if directory is not None else _free_name(Path("runs") / _name(config))
+        if (path / "run.json").exists():
+            raise RunError(f"{path}: holds a run already; choose another hydra.run.dir, or resume=auto to continue it")
+        with _explained(path):
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomic(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+            write_atomic(path / "overrides.txt", "".join(f"{override}\n" for override in overrides))
+        run = cls(path)
+        run.update(format=FORMAT, status="running", signature=signature(config), started=_now())
+        return run
+
+    def update(self, **facts: Any) -> None:
+        """Merge `facts` into run.json."""
+        known = read_json(self.path / "run.json") if (self.path / "run.json").exists() else {}
+        write_json(self.path / "run.json", known | facts)
+
+    def facts(self) -> dict[str, Any]:
+        """run.json.
+
+        Raises:
+            RunError: it is missing, damaged, or of a newer version.
+        """
+        facts = read_json(self.path / "run.json")
+        if not isinstance(facts.get("format"), int) or facts["format"] > FORMAT:
+            made = printable(facts.get("format"))
+            raise RunError(f"{self.path}: made by a newer lora (run format {made}; this one reads up to {FORMAT})")
+        return facts
+
+    def append_metrics(self, values: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, on disk when this returns."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(_json_line(values))
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop lines after `step`, and a torn last one: the log of a resumed run has no step twice."""
+        file = self.path / "metrics.jsonl"
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                if row["step"] <= step:
+                    kept.append(line + "\n")
+        write_atomic(file, "".join(kept))
+
+    def log(self, text: str) -> None:
+        """One line with the time in log.txt."""
+        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{_now()} {printable(text, 2000)}\n")
+
+    def write_predictions(self, split: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """predictions/<split>.jsonl: one line an example, in the order of the data."""
+        write_jsonl(self.path / "predictions" / f"{split}.jsonl", rows)
+
+    def finish(self, **facts: Any) -> None:
+        """Mark the run finished and let runs/latest point to it."""
+        self.update(status="finished", finished=_now(), **facts)
+        point_latest(self.path)
+
+
+def signature(config: Mapping[str, Any]) -> str:
+    """Eight hex digits of the keys that change results: equal for equal experiments."""
+    flat = {key: value for key, value in _flatten(config) if not key.startswith(_NOT_IN_SIGNATURE)}
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def read_saved_config(path: Path) -> dict[str, Any]:
+    """config.yaml of the run at `path` as plain dicts; {} for a bare adapter folder.
+
+    Raises:
+        RunError: too large, no mapping, or holds an alias, a tag, an interpolation or an instantiation key.
+    """
+    file = path / "config.yaml"
+    if not file.exists():
+        return {}
+    text = _read_text(file, MAX_CONFIG_BYTES)
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+                raise RunError(f"{file}: YAML aliases and tags are not allowed in a run's config")
+        config = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RunError(f"{file}: not readable as YAML ({printable(str(error).splitlines()[0], 80)})") from error
+    if not isinstance(config, dict):
+        raise RunError(f"{file}: holds no mapping of keys")
+    for key, value in _flatten(config):
+        if any(part.startswith("_") for part in key.split(".")):
+            raise RunError(f"{file}: key {printable(key)} is not allowed in a run's config")
+        if isinstance(value, str) and "${" in value:
+            raise RunError(f"{file}: {printable(key)} holds an interpolation, which a run's config may not")
+    # Somebody else's run may name a model whose repository holds code; running it is only ever typed by hand.
+    if isinstance(config.get("model"), dict):
+        config["model"].pop("trust_remote_code", None)
+    return config
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object of bounded size from a regular file inside a run.
+
+    Raises:
+        RunError: missing, not a regular file, too large, or no JSON object.
+    """
+    text = _read_text(file, 64 * MAX_CONFIG_BYTES)
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise RunError(f"{file}: not readable as JSON ({printable(error, 80)})") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{file}: holds no JSON object")
+    return value
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically; numbers that JSON has not (NaN) become null."""
+    write_atomic(file, json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, atomically."""
+    write_atomic(file, "".join(map(_json_line, rows)))
+
+
+def write_atomic(file: Path, text: str) -> None:
+    """Write `text` so that `file` is, at any moment, the old one or the new one, whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends well, and vanishes otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def point_latest(path: Path) -> None:
+    """Let runs/latest lead to `path`, wherever under runs/ it lies."""
+    root = Path("runs")
+    if root.resolve() not in path.resolve().parents:
+        return
+    temporary = root / f".latest.{os.getpid()}.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(path.resolve().relative_to(root.resolve()), target_is_directory=True)
+    temporary.replace(root / "latest")
+
+
+def _name(config: Mapping[str, Any]) -> str:
+    lora = config["lora"]
+    size = f"r{lora['r']}" if lora["targets"] else "head"
+    variant = "" if lora["variant"] == "lora" else f"_{lora['variant']}"
+    model = Path(config["model"]["path"]).name if config["model"]["path"] else config["model"]["name"]
+    parts = [time.strftime("%Y-%m-%d"), config["task"]["name"], model, f"{size}{variant}", signature(config)]
+    return "_".join(re.sub(r"[^A-Za-z0-9.-]+", "-", part) if i else part for i, part in enumerate(parts))
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, ... that is free: a run is never written over another."""
+    number, candidate = 1, path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def _flatten(node: object, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from _flatten(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list) and any(isinstance(item, dict | list) for item in node):
+        for number, item in enumerate(node):
+            yield from _flatten(item, f"{path}.{number}")
+    else:
+        yield path, node
+
+
+def _read_text(file: Path, limit: int) -> str:
+    try:
+        info = file.lstat()
+    except FileNotFoundError:
+        raise RunError(f"{file}: not there") from None
+    if not stat.S_ISREG(info.st_mode):
+        raise RunError(f"{file}: not a regular file")
+    if info.st_size > limit:
+        raise RunError(f"{file}: {info.st_size:,} bytes; at most {limit:,} are read")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{file}: not UTF-8 text (byte {error.start})") from error
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError):
+        raise RunError(f"{path}: a file is in the way of the run folder") from None
+    except PermissionError:
+        raise RunError(f"{path}: may not be written; choose another hydra.run.dir") from None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(row), ensure_ascii=False) + "\n"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,72 @@
+"""Which run a person means by run=. Knows only names of folders and files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_cli.errors import RunError, UnknownName
+from lora_cli.runs.directory import RunDirectory, read_json, read_saved_config, signature
+
+__all__ = ["find_run", "is_bare_adapter", "run_of"]
+
+_ROOT = Path("runs")
+
+
+def find_run(name: str) -> Path:
+    """The folder meant by a path, a unique prefix of a run's name, `latest`, or an adapter folder.
+
+    Raises:
+        RunError: nothing there, or the prefix fits several runs.
+        UnknownName: no run has such a name.
+    """
+    if name == "latest":
+        latest = _ROOT / "latest"
+        if not latest.exists():
+            raise RunError("run=latest: no finished run under runs/ yet; lora train makes one")
+        return latest.resolve()
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "run.json").exists() and not is_bare_adapter(path):
+            raise RunError(f"{name}: neither a run (run.json) nor an adapter (adapter_config.json) is in this folder")
+        return path
+    runs = sorted(file.parent for file in _ROOT.glob("**/run.json") if "latest" not in file.parts)
+    found = [run for run in runs if run.name.startswith(name)]
+    if not found:
+        raise UnknownName("run", name, ["latest", *(run.name for run in runs)], "run")
+    if len(found) > 1:
+        raise RunError(f"run={name}: fits {len(found)} runs: {', '.join(run.name for run in found[:4])}")
+    return found[0]
+
+
+def is_bare_adapter(path: Path) -> bool:
+    """Whether `path` is an adapter without a run around it, as PEFT saves it."""
+    return (path / "adapter_config.json").is_file()
+
+
+def run_of(config: Mapping[str, Any], directory: Path | None) -> RunDirectory | None:
+    """The newest run of exactly this configuration, finished or not, or None.
+
+    With `directory`, only that folder is looked at.
+
+    Raises:
+        RunError: `directory` holds a run of another configuration; the differing keys are named.
+    """
+    wanted = signature(config)
+    if directory is not None:
+        if not (directory / "run.json").exists():
+            return None
+        if read_json(directory / "run.json").get("signature") != wanted:
+            keys = _differing_keys(config, read_saved_config(directory))
+            raise RunError(f"{directory}: was started with another configuration; differs in {', '.join(keys[:6])}")
+        return RunDirectory(directory)
+    found = [file.parent for file in _ROOT.glob(f"*_{wanted}*/run.json") if read_json(file).get("signature") == wanted]
+    return RunDirectory(max(found, key=lambda path: (path.name[:10], len(path.name), path.name))) if found else None
+
+
+def _differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    from lora_cli.runs.directory import _flatten
+
+    left, right = dict(_flatten(ours)), dict(_flatten(theirs))
+    return sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))

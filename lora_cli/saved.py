@@ -1,0 +1,80 @@
+"""A saved run, ready to be used: its task, its base model with the adapter in it, its labels and tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_cli.engine.device import Device, open_device
+from lora_cli.errors import DataError, RunError
+from lora_cli.models import load_base
+from lora_cli.nn import fingerprint, load_adapter, read_adapter
+from lora_cli.runs.directory import RunDirectory
+from lora_cli.runs.registry import find_run, is_bare_adapter
+from lora_cli.spec import ClassificationSpec, EvalRun, InferRun
+from lora_cli.tasks import Classification, build_task
+from lora_cli.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Saved", "open_saved"]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What eval and infer need of a run. `folder` is None for a bare adapter."""
+
+    path: Path
+    folder: RunDirectory | None
+    task: Classification
+    model: torch.nn.Module
+    tokenizer: Any
+    device: Device
+    batch_size: int
+    """Examples per forward pass; by default the run's own, so that its figures come out to the last digit."""
+    data_seed: int
+    """What the run drew its validation rows with, where a data set brings none."""
+
+
+def open_saved(spec: EvalRun | InferRun) -> Saved:
+    """Load the run that `spec` names, with the task and base model that `spec` says (the run's own by default).
+
+    Raises:
+        RunError: it has no finished adapter.
+        AdapterError: the adapter does not fit the base model, or its labels are not the task's.
+    """
+    path = find_run(spec.run)
+    bare = is_bare_adapter(path)
+    folder = None if bare else RunDirectory(path)
+    facts = {} if folder is None else folder.facts()
+    if folder is not None and not folder.adapter.is_dir():
+        raise RunError(f"{path}: has no adapter (status {facts['status']}); lora train resume=auto finishes a run")
+    adapter = read_adapter(path if folder is None else folder.adapter)
+    assert isinstance(spec.task, ClassificationSpec)
+    labels = facts.get("labels") or adapter.extra.get("labels")
+    task = build_task(spec.task, labels)
+    if task.labels is None and not spec.task.regression:
+        raise DataError(path, "the adapter does not say its labels; give task.labels=[first,second,...]")
+    device = open_device(spec.device)
+    base = load_base(
+        spec.model,
+        num_outputs=task.num_outputs,
+        labels=task.labels,
+        problem="regression" if spec.task.regression else "classification",
+        seed=int(facts.get("init_seed", 0)),
+        dtype=device.dtype,
+    )
+    load_adapter(
+        base.model,
+        adapter,
+        fresh=base.fresh,
+        fingerprint=fingerprint(base.model, fresh=base.fresh),
+        force_base=spec.force_base,
+    )
+    base.model.to(device.device).eval()
+    saved_tokenizer = None if folder is None else folder.tokenizer
+    tokenizer = load_tokenizer(saved_tokenizer) if saved_tokenizer and saved_tokenizer.is_dir() else base.tokenizer
+    batch_size = spec.batch_size or int(facts.get("eval_batch_size", 64))
+    return Saved(path, folder, task, base.model, tokenizer, device, batch_size, int(facts.get("data_seed", 0)))

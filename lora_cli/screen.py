@@ -1,0 +1,120 @@
+"""What a person sees while a command runs: progress on stderr, results on stdout.
+
+A live bar on a terminal, plain aligned lines elsewhere. Knows numbers and names, not models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from lora_cli.errors import printable
+
+__all__ = ["Screen", "count", "duration", "significant"]
+
+
+class Screen:
+    """The terminal of one command."""
+
+    def __init__(self) -> None:
+        self._out = Console(highlight=False, soft_wrap=True)
+        self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+
+    def fact(self, name: str, text: str) -> None:
+        """One line of the header: what was understood."""
+        self._err.print(f"[bold cyan]{name:9}[/] {escape(printable(text, 400))}")
+
+    def warning(self, text: str) -> None:
+        """Something to know that stops nothing."""
+        self._err.print(f"[yellow]warning[/]   {escape(printable(text, 400))}")
+
+    def targets(self, rows: Sequence[tuple[str, int, str, int]]) -> None:
+        """What is adapted: (layers, how many, rank, trained parameters)."""
+        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 3, 0, 0))
+        for name, justify in (("trains", "left"), ("layers", "right"), ("rank", "right"), ("parameters", "right")):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        for pattern, layers, rank, parameters in rows:
+            table.add_row(escape(printable(pattern, 60)), str(layers), rank, f"{parameters:,}")
+        self._err.print(table)
+
+    def step(
+        self, step: int, total: int, loss: float, lr: float, rows_per_s: float, tokens_per_s: float, eta: float
+    ) -> None:
+        """Where the training stands."""
+        fields = (
+            f"loss {significant(loss):>7}   lr {lr:.1e}   {count(rows_per_s):>5} rows/s   "
+            f"{count(tokens_per_s):>5} tokens/s   eta {duration(eta)}"
+        )
+        if not self._err.is_terminal:
+            width = len(str(total))
+            self._err.print(f"step {step:>{width}}/{total}   {fields}")
+            return
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("step {task.completed:>5.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.description}"),
+                console=self._err,
+                refresh_per_second=4,
+            )
+            self._bar.start()
+            self._bar.add_task(fields, total=total)
+        self._bar.update(self._bar.task_ids[0], completed=step, description=fields)
+
+    def scored(self, step: int, metrics: Mapping[str, float | None], *, best: bool) -> None:
+        """One scoring of the validation split."""
+        values = "   ".join(f"{name} {significant(value)}" for name, value in metrics.items())
+        self._err.print(f"[green]step {step:>5}[/]   {escape(values)}{'   (best so far)' if best else ''}")
+
+    def close(self) -> None:
+        """Take the live bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def results(self, splits: Mapping[str, Mapping[str, float | None]]) -> None:
+        """The final table: a line a split, a column a metric."""
+        names = list(dict.fromkeys(name for metrics in splits.values() for name in metrics))
+        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+        table.add_column("split")
+        for name in names:
+            table.add_column(escape(name), justify="right")
+        for split, metrics in splits.items():
+            table.add_row(escape(split), *(significant(metrics.get(name), 4) for name in names))
+        self._out.print(table)
+
+    def line(self, text: str) -> None:
+        """A line of result on stdout."""
+        self._out.print(escape(printable(text, 1000)))
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """A number to so many significant digits, at least as many decimals below 1; an undefined one as a dash."""
+    if value is None:
+        return "–"
+    if value == 0 or 1e-3 <= abs(value) < 1:
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}g}"
+
+
+def count(value: float) -> str:
+    """1840 → 1.84k, three significant digits."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """101 → 1m41s."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

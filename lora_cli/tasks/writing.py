@@ -1,0 +1,73 @@
+"""Answers of `lora infer` as a file: JSON lines, CSV or Parquet, whole or not there."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_cli.errors import ConfigError
+
+__all__ = ["write_rows"]
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\0")
+"""First characters that make a spreadsheet run a cell as a formula (OWASP, CWE-1236)."""
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write `rows` in the format that the name of `path` ends with.
+
+    Raises:
+        ConfigError: no such format. Nothing has been read from `rows` by then.
+    """
+    if path.suffix not in _WRITERS:
+        raise ConfigError("output", path, f"ends with one of {', '.join(_WRITERS)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _WRITERS[path.suffix](temporary, rows)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer: csv.DictWriter[str] | None = None
+        for row in map(_flat, rows):
+            if writer is None:
+                writer = csv.DictWriter(file, list(row))
+                writer.writeheader()
+            writer.writerow({name: _defused(cell) for name, cell in row.items()})
+
+
+def _write_parquet(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.Table.from_pylist([_flat(row) for row in rows]), path)
+
+
+_WRITERS: dict[str, Callable[[Path, Iterable[Mapping[str, Any]]], None]] = {
+    ".jsonl": _write_jsonl,
+    ".csv": _write_csv,
+    ".parquet": _write_parquet,
+}
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Probabilities as columns of their own, p(label)."""
+    flat = {name: cell for name, cell in row.items() if name != "probabilities"}
+    return flat | {f"p({label})": value for label, value in row.get("probabilities", {}).items()}
+
+
+def _defused(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell

@@ -1,0 +1,93 @@
+"""Where metrics go besides the run folder: a visible table of trackers, each imported only when chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from lora_cli.errors import ConfigError
+from lora_cli.spec import TrackerSpec
+
+__all__ = ["Tracker", "open_tracker"]
+
+
+class Tracker(Protocol):
+    """A further record of a run."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Nothing:
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """The run folder is record enough."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class _TensorBoard:
+    def __init__(self, spec: TrackerSpec, folder: Path, config: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, spec: TrackerSpec, folder: Path, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run: Any = wandb.init(project=spec.project, name=folder.name, dir=str(folder), config=dict(config))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _MLflow:
+    def __init__(self, spec: TrackerSpec, folder: Path, config: Mapping[str, Any]) -> None:
+        import mlflow
+
+        mlflow.set_experiment(spec.project)
+        self._mlflow: Any = mlflow
+        mlflow.start_run(run_name=folder.name)
+        mlflow.log_dict(dict(config), "config.json")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        # A slash means a folder to mlflow; its names may hold one, so they stay the same everywhere.
+        self._mlflow.log_metrics(dict(values), step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+_TRACKERS: dict[str, Callable[[TrackerSpec, Path, Mapping[str, Any]], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+    "mlflow": _MLflow,
+}
+
+
+def open_tracker(spec: TrackerSpec, folder: Path, config: Mapping[str, Any]) -> Tracker:
+    """The tracker that `spec` names, recording the run in `folder`.
+
+    Raises:
+        ConfigError: its package is not installed.
+    """
+    if spec.name == "none":
+        return _Nothing()
+    try:
+        return _TRACKERS[spec.name](spec, folder, config)
+    except ModuleNotFoundError as error:
+        raise ConfigError("tracker", spec.name, f"needs a package: pip install 'lora-cli[{spec.name}]'") from error

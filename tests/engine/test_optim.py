@@ -1,0 +1,44 @@
+"""Schedules against their textbook shapes, AdamW's groups against what was asked."""
+
+import math
+
+import pytest
+import torch
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from lora_cli.engine.optim import build_optimizer, rate, set_rate
+from lora_cli.spec import TrainSpec
+
+
+@pytest.mark.parametrize(
+    ("schedule", "peer"),
+    [("linear", get_linear_schedule_with_warmup), ("cosine", get_cosine_schedule_with_warmup)],
+)
+def test_without_warmup_the_rate_is_the_peers(schedule, peer) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = peer(optimizer, 0, 40)
+    for step in range(40):
+        assert rate(step, 40, TrainSpec(schedule=schedule, warmup=0.0)) == pytest.approx(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_warmup_rises_to_the_peak_and_wastes_no_step(schedule) -> None:
+    spec = TrainSpec(schedule=schedule, warmup=0.1)
+    rates = [rate(step, 100, spec) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
+    assert rates[10] == 1.0
+    assert all(a >= b > 0 for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_groups_keep_their_own_rate_and_decay() -> None:
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    groups = [{"params": [a], "lr": 1e-2, "weight_decay": 0.1}, {"params": [b], "lr": 1e-4, "weight_decay": 0.0}]
+    optimizer = build_optimizer(groups, TrainSpec(betas=[0.8, 0.95], eps=1e-6))
+    assert set_rate(optimizer, 0.5) == 5e-3
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-3, 5e-5]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.95)
+    assert math.isclose(optimizer.param_groups[1]["eps"], 1e-6)
