@@ -1,1 +1,37 @@
 """Low-rank adapters as an exact PyTorch library. Knows torch and LoraSpec; not transformers, tasks or run folders."""
+
+from lora_cli.nn.adapter import AdapterFile, fingerprint, load_adapter, read_adapter, save_adapter
+from lora_cli.nn.inject import (
+    Injection,
+    TargetRow,
+    adapted_layers,
+    inject,
+    load_trainable_state,
+    merge,
+    parameter_groups,
+    remove,
+    trainable_state,
+    unmerge,
+)
+from lora_cli.nn.layers import LoraLinear
+from lora_cli.nn.variants import VARIANTS
+
+__all__ = [
+    "VARIANTS",
+    "AdapterFile",
+    "Injection",
+    "LoraLinear",
+    "TargetRow",
+    "adapted_layers",
+    "fingerprint",
+    "inject",
+    "load_adapter",
+    "load_trainable_state",
+    "merge",
+    "parameter_groups",
+    "read_adapter",
+    "remove",
+    "save_adapter",
+    "trainable_state",
+    "unmerge",
+]

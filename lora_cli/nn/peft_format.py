@@ -154,7 +154,7 @@ def ignored_keys(model: nn.Module, plan: Plan) -> set[str]:
     return {
         f"{PREFIX}{name}.{copy}.{inner}"
         for name in plan.whole
-        for copy in ("original_module", "modules_to_save")
+        for copy in ("original_module", "modules_to_save", "modules_to_save.default")
         for inner, _ in model.get_submodule(name).named_parameters()
     }
 

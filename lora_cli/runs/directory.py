@@ -154,7 +154,7 @@ def read_saved_config(path: Path) -> dict[str, Any]:
             raise RunError(f"{file}: {printable(key)} holds an interpolation, which a run's config may not")
     # Somebody else's run may name a model whose repository holds code; running it is only ever typed by hand.
     if isinstance(config.get("model"), dict):
-        config["model"].pop("trust_remote_code", None)
+        config["model"]["trust_remote_code"] = False
     return config
 
 

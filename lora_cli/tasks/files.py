@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from lora_cli.errors import DataError, printable
 
-__all__ = ["EXTENSIONS", "Record", "read_records", "read_stdin", "separator"]
+__all__ = ["EXTENSIONS", "Record", "read_records", "read_stdin", "separator", "shown"]
 
 Record = tuple[int, dict[str, Any]]
 """Number of the line (of the row, in Parquet) counted from 1, and its cells by column."""
@@ -22,6 +22,13 @@ Record = tuple[int, dict[str, Any]]
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _MAX_LINE = 64 * 2**20
+_MAX_PATH = 90
+
+
+def shown(path: str | Path) -> str:
+    """The path for messages; of a very long one the end, so that the line number after it is not cut off."""
+    text = str(path)
+    return text if len(text) <= _MAX_PATH else f"…{text[1 - _MAX_PATH :]}"
 
 
 def separator(path: str | Path) -> str:
@@ -41,8 +48,8 @@ def read_records(path: str | Path, *, column: str = "text") -> Iterator[Record]:
     path, suffix = Path(path), Path(path).suffix.lower()
     _check_readable(path)
     if suffix not in EXTENSIONS:
-        raise DataError(path, f"unknown kind of file '{printable(suffix, 20)}'; known: {', '.join(EXTENSIONS)}")
-    return _not_empty(_parquet(path) if suffix == ".parquet" else _text_file(path, suffix, column), str(path))
+        raise DataError(shown(path), f"unknown kind of file '{printable(suffix, 20)}'; known: {', '.join(EXTENSIONS)}")
+    return _not_empty(_parquet(path) if suffix == ".parquet" else _text_file(path, suffix, column), shown(path))
 
 
 def read_stdin(stdin: BinaryIO | None = None, *, column: str = "text") -> Iterator[Record]:
@@ -61,13 +68,13 @@ def _check_readable(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        raise DataError(path, "no such file") from None
+        raise DataError(shown(path), "no such file") from None
     except (OSError, ValueError) as error:
-        raise DataError(path, f"cannot be opened: {printable(error)}") from error
+        raise DataError(shown(path), f"cannot be opened: {printable(error)}") from error
     if stat.S_ISDIR(mode):
-        raise DataError(path, f"a folder, not a file; known files: {', '.join(EXTENSIONS)}")
+        raise DataError(shown(path), f"a folder, not a file; known files: {', '.join(EXTENSIONS)}")
     if not stat.S_ISREG(mode):
-        raise DataError(path, "a pipe or a device, not a regular file")
+        raise DataError(shown(path), "a pipe or a device, not a regular file")
 
 
 def _not_empty(records: Iterator[Record], name: str) -> Iterator[Record]:
@@ -80,9 +87,9 @@ def _not_empty(records: Iterator[Record], name: str) -> Iterator[Record]:
 def _text_file(path: Path, suffix: str, column: str) -> Iterator[Record]:
     try:
         with path.open("rb") as file:
-            yield from _parsed(_decoded(file, str(path)), suffix, column, str(path))
+            yield from _parsed(_decoded(file, shown(path)), suffix, column, shown(path))
     except OSError as error:
-        raise DataError(path, f"cannot be read: {error.strerror}") from error
+        raise DataError(shown(path), f"cannot be read: {error.strerror}") from error
 
 
 def _parsed(lines: Iterator[str], suffix: str, column: str, name: str) -> Iterator[Record]:
@@ -180,8 +187,8 @@ def _parquet(path: Path) -> Iterator[Record]:
 
     try:
         with parquet.ParquetFile(str(path)) as file:
-            _check_header(file.schema_arrow.names, str(path))
+            _check_header(file.schema_arrow.names, shown(path))
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
             yield from enumerate(rows, 1)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(path, f"not a readable Parquet file: {printable(error, 160)}") from error
+        raise DataError(shown(path), f"not a readable Parquet file: {printable(error, 160)}") from error

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import DataError, nearest, printable
-from lora_cli.tasks.files import read_records, read_stdin, separator
+from lora_cli.tasks.files import read_records, read_stdin, separator, shown
 
 __all__ = ["Rows", "overlap", "read_file", "repeats", "stream", "unknown"]
 
 _MAX_NAMES = 12
+_MAX_MESSAGE = 290
 
 
 class Rows:
@@ -83,7 +84,7 @@ def read_file(path: str | Path) -> Rows:
         DataError: the file is missing, empty or broken; names the line.
     """
     numbers, rows = zip(*read_records(path), strict=True)
-    return Rows(rows, source=str(path), numbers=numbers, separator=separator(path))
+    return Rows(rows, source=shown(path), numbers=numbers, separator=separator(path))
 
 
 def stream(path: str | Path, *, column: str = "text") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -95,7 +96,7 @@ def stream(path: str | Path, *, column: str = "text") -> Iterator[tuple[str, dic
     Raises:
         DataError: as `read_file`.
     """
-    name, between = ("stdin", ":") if str(path) == "-" else (str(path), separator(path))
+    name, between = ("stdin", ":") if str(path) == "-" else (shown(path), separator(path))
     records = read_stdin(column=column) if str(path) == "-" else read_records(path, column=column)
     return ((f"{name}{between}{number}", row) for number, row in records)
 
@@ -115,10 +116,12 @@ def unknown(where: object, what: str, name: object, options: Iterable[str]) -> D
     """The error for a name that data does not have: `what` and the name, the nearest one, and what there is."""
     names = list(options)
     near = nearest(str(name), names)
+    hint = f" Did you mean '{printable(near, 40)}'?" if near else ""
+    problem = f"no {what} '{printable(name, 40)}'.{hint} There are: "
     listed = ", ".join(printable(option, 40) for option in names[:_MAX_NAMES]) or "none"
     rest = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    hint = f" Did you mean '{printable(near, 40)}'?" if near else ""
-    return DataError(where, f"no {what} '{printable(name, 40)}'.{hint} There are: {printable(listed, 160)}{rest}")
+    room = max(40, _MAX_MESSAGE - len(str(where)) - len(problem) - len(rest))
+    return DataError(where, f"{problem}{printable(listed, room)}{rest}")
 
 
 def _key(row: dict[str, Any], columns: Sequence[str]) -> tuple[str, ...]:

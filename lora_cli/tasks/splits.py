@@ -12,6 +12,7 @@ from typing import Any
 from lora_cli import hub
 from lora_cli.errors import ConfigError, DataError, UnknownName, printable
 from lora_cli.spec import SPLITS, DataSpec
+from lora_cli.tasks.files import shown
 from lora_cli.tasks.rows import Rows, read_file, unknown
 
 __all__ = ["load_splits"]
@@ -99,7 +100,8 @@ class _Source:
     def _missing(self, split: str) -> DataError:
         if self._files and not (self._set or self._hub):
             return DataError(
-                ", ".join(self._files.values()), f"no {split} rows are given: task.data.{split}=FILE is missing"
+                ", ".join(map(shown, self._files.values())),
+                f"no {split} rows are given: task.data.{split}=FILE is missing",
             )
         where = self._data.embedded or f"{self._data.hub} ({self._data.config})"
         return unknown(where, "split", self._theirs(split), {**self._files, **self._set, **self._hub})
@@ -137,7 +139,9 @@ def _shards(folder: Path) -> dict[str, list[Path]]:
     for split, paths in shards.items():
         count = int(paths[0].stem.rsplit("-", 1)[-1])
         if len(paths) != count:
-            raise DataError(folder, f"{len(paths)} of the {count} files of split '{printable(split, 40)}' are there")
+            raise DataError(
+                shown(folder), f"{len(paths)} of the {count} files of split '{printable(split, 40)}' are there"
+            )
     return dict(shards)
 
 
@@ -145,7 +149,7 @@ def _concatenated(paths: Sequence[Path]) -> Rows:
     parts = [read_file(path) for path in paths]
     if len(parts) == 1:
         return parts[0]
-    return Rows([row for part in parts for row in part], source=str(paths[0].parent / paths[0].name.split("-")[0]))
+    return Rows([row for part in parts for row in part], source=shown(paths[0].parent / paths[0].name.split("-")[0]))
 
 
 def _from_hub(data: DataSpec) -> dict[str, Any]:

@@ -256,7 +256,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "trailing bytes": (raw(lambda d: d + b"x"), "truncated or damaged"),
     "8 EiB header": (raw(lambda d: struct.pack("<Q", 2**63) + d[8:]), "truncated"),
     "base tensor": (damaged(lambda t: t.update({"base_model.model.body.0.norm.weight": torch.ones(6)})), "body.0.norm"),
-    "second name": (damaged(lambda t: t.update({A_KEY.replace("A.", "A.default."): t[A_KEY]})), "do not belong"),
+    "second name": (damaged(lambda t: t.update({A_KEY.replace("A.", "A.default."): t[A_KEY] + 1})), "do not belong"),
     "unknown tensor": (damaged(lambda t: t.update(x=torch.ones(1))), "1 tensors do not belong to this adapter: x"),
     "missing": (damaged(lambda t: t.pop(A_KEY)), "1 tensors are missing: body.0.query.lora_A.weight"),
     "none": (damaged(lambda t: t.clear()), "6 tensors are missing"),

@@ -113,7 +113,7 @@ def test_a_config_that_is_no_regular_file_is_not_opened(scratch: Path) -> None:
 
 def test_code_of_a_checkpoint_is_never_run_because_a_run_says_so(scratch: Path) -> None:
     Path("config.yaml").write_text("model: {name: x, trust_remote_code: true}\n")
-    assert "trust_remote_code" not in read_saved_config(Path())["model"]
+    assert read_saved_config(Path())["model"]["trust_remote_code"] is False
 
 
 def test_a_run_of_a_newer_version_is_refused(scratch: Path) -> None:

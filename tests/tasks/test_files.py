@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lora_cli.errors import DataError
 from lora_cli.tasks.files import read_records, read_stdin
-from lora_cli.tasks.rows import Rows, overlap, read_file, repeats, stream
+from lora_cli.tasks.rows import Rows, overlap, read_file, repeats, stream, unknown
 
 CELLS = st.text(st.characters(exclude_characters="\0\r", exclude_categories=["Cs"]), max_size=12)
 
@@ -124,6 +124,14 @@ def test_a_long_cell_is_read(tmp_path: Path) -> None:
     assert len(rows[0]["text"]) == 3_000_000
 
 
+def test_a_long_path_does_not_hide_the_line(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 100) / ("y" * 100)
+    folder.mkdir(parents=True)
+    with pytest.raises(DataError, match=r"y/t.csv:2: 2 cells") as caught:
+        read_file(written(folder / "t.csv", "a\n1,2\n"))
+    assert len(str(caught.value)) < 300
+
+
 def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_cli.tasks.files._MAX_LINE", 100)
     with pytest.raises(DataError, match=r"t.txt:2: a line longer"):
@@ -183,6 +191,13 @@ def test_selected_rows_keep_their_places(csv_file: Path) -> None:
     assert rows.where(0) == f"{csv_file}:6"
     assert rows[1]["text"] == "fine"
     assert rows.columns == ("text", "label")
+
+
+def test_an_error_about_many_long_names_is_short() -> None:
+    names = [f"{number} {'long' * 20}" for number in range(99)]
+    message = str(unknown("f" * 90, "label", "1 long" + "long" * 18, names))
+    assert len(message) <= 300
+    assert "Did you mean '1 long" in message
 
 
 def test_overlap_and_repeats_count_rows() -> None:
