@@ -26,13 +26,23 @@ SAVED_GROUPS = ("task", "model")
 """Groups that eval and infer take from the saved run, as the option `_run`."""
 
 _FLAGS_WITH_VALUE = frozenset(
-    ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name")
-    + ("-cd", "--config-dir", "-i", "--info")
+    (
+        "-c",
+        "--cfg",
+        "-p",
+        "--package",
+        "-cp",
+        "--config-path",
+        "-cn",
+        "--config-name",
+        "-cd",
+        "--config-dir",
+        "-i",
+        "--info",
+    )
 )
-_FLAGS = _FLAGS_WITH_VALUE | frozenset(
-    ("-m", "--multirun", "-r", "--run", "--resolve", "--hydra-help", "-sc", "--shell-completion")
-    + ("--experimental-rerun",)
-)
+_FLAGS = _FLAGS_WITH_VALUE | {"-m", "--multirun", "-r", "--run", "--resolve", "--hydra-help", "-sc"}
+_FLAGS |= {"--shell-completion", "--experimental-rerun"}
 _HYDRA_ONLY = frozenset(
     ("-cp", "--config-path", "-cn", "--config-name", "-sc", "--shell-completion", "--experimental-rerun", "-r", "--run")
 )
@@ -206,7 +216,7 @@ def _reject_unknown(node: Any, path: str) -> None:
     schema = OmegaConf.get_type(node)
     known = {f.name for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else None
     for key in node:
-        name = f"{path}.{key}" if path else str(key)
+        name = f"{path}.{key!s}" if path else str(key)
         if (known is not None and key not in known) or str(key).startswith("_"):
             raise _unknown_key(name, OmegaConf.get_type(node._get_root()) or TrainRun)
         _reject_unknown(node._get_node(key), name)

@@ -82,14 +82,16 @@ def load_base(
             model, fresh = _load_checkpoint(source.folder, spec, head, dtype or torch.float32)
             _draw(model, fresh, seed)
     _check_vocabulary(model, tokenizer, source.folder or f"model.random of {spec.name}")
+    max_length = _num_positions(model, tokenizer)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
     return BaseModel(
         model=model.eval(),
         tokenizer=tokenizer,
         family=model.config.model_type,
         groups=layer_groups(model.config.model_type, spec.targets),
-        fresh=_outermost(model, fresh),
+        fresh=_outermost(model, fresh) or _head(model),
         skip=_output_embedding(model),
-        max_length=_num_positions(model, tokenizer),
+        max_length=max_length,
         source=source.text,
         base_name=source.base_name,
         revision=source.revision,
@@ -204,6 +206,12 @@ def _outermost(model: PreTrainedModel, fresh: Iterable[str]) -> tuple[str, ...]:
     known = {path for name, _ in model.named_parameters() if name not in fresh for path in _ancestors(name)}
     modules = {next((path for path in _ancestors(name) if path not in known), name) for name in fresh}
     return tuple(sorted(modules))
+
+
+def _head(model: PreTrainedModel) -> tuple[str, ...]:
+    """What stands outside the base model proper: the head of a checkpoint that brings one goes on training."""
+    modules = model.named_children()
+    return tuple(name for name, module in modules if module is not model.base_model and list(module.parameters()))
 
 
 def _output_embedding(model: PreTrainedModel) -> tuple[str, ...]:

@@ -27,11 +27,11 @@ class Screen:
 
     def fact(self, name: str, text: str) -> None:
         """One line of the header: what was understood."""
-        self._err.print(f"[bold cyan]{name:9}[/] {escape(printable(text, 400))}")
+        self._err.print(f"[bold cyan]{name:10}[/] {escape(printable(text, 400))}")
 
     def warning(self, text: str) -> None:
         """Something to know that stops nothing."""
-        self._err.print(f"[yellow]warning[/]   {escape(printable(text, 400))}")
+        self._err.print(f"[yellow]warning[/]    {escape(printable(text, 400))}")
 
     def targets(self, rows: Sequence[tuple[str, int, str, int]]) -> None:
         """What is adapted: (layers, how many, rank, trained parameters)."""

@@ -117,7 +117,7 @@ class ClassificationSpec(TaskSpec):
 
     kind: str = "classification"
     text: list[str] = field(default_factory=lambda: ["text"])
-    """Column or columns of the input; two are given to the model as a pair."""
+    """Columns of the input, or templates such as "{word}: {sentence}"; two are given to the model as a pair."""
     label: str = "label"
     """Column of the answer."""
     labels: list[str] | None = None
@@ -196,7 +196,7 @@ class LoraSpec:
     dropout: float = 0.0
     """Probability of dropping an input of A in training."""
     targets: list[str] = field(default_factory=lambda: ["default"])
-    """Layers to adapt: a group (default, all-linear), a dotted suffix of names, or re:REGEX; []: only the head trains."""
+    """Layers to adapt: a group (default, all-linear), a dotted suffix, or re:REGEX; []: only the head trains."""
     bias: str = "none"
     """Biases that train: none, all, or lora_only (those of the adapted layers)."""
     modules_to_save: list[str] = field(default_factory=list)

@@ -32,8 +32,10 @@ def model_card(config: Mapping[str, Any], facts: Mapping[str, Any], overrides: S
         "layers": ", ".join(row["pattern"] for row in facts["targets"]) or "none: only the head is trained",
         "trained parameters": f"{facts['parameters']['trainable']:,} of {facts['parameters']['total']:,}",
         "trained whole": ", ".join(facts["trained_whole"]) or "nothing",
-        "training": f"{facts['steps']} steps of {train['batch_size'] * train['accumulation']} rows, "
-        f"learning rate {train['lr']:g}, {train['schedule']}, seed {config['seed']}",
+        "training": (
+            f"{facts['steps']} steps of {train['batch_size'] * train['accumulation']} rows, "
+            f"learning rate {train['lr']:g}, {train['schedule']}, seed {config['seed']}"
+        ),
         "labels": ", ".join(facts["labels"]) if facts["labels"] else "a number",
     }
     command = " ".join(["lora train", *overrides])
@@ -67,7 +69,7 @@ def model_card(config: Mapping[str, Any], facts: Mapping[str, Any], overrides: S
         'lora infer run=THIS_RUN text="..."',
         "```",
         "",
-        "or with PEFT: load the base model with the same number of labels, then `PeftModel.from_pretrained(base, folder)`.",
+        "or with PEFT: load the base model with as many labels, then `PeftModel.from_pretrained(base, folder)`.",
         "",
     ]
     return "\n".join(lines)

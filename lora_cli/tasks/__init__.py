@@ -8,10 +8,11 @@ from lora_cli.errors import UnknownName
 from lora_cli.spec import ClassificationSpec, TaskSpec
 from lora_cli.tasks.classification import Classification
 from lora_cli.tasks.encoding import Encoded
-from lora_cli.tasks.rows import Rows, overlap
+from lora_cli.tasks.rows import Rows, overlap, repeats
+from lora_cli.tasks.scoring import Scorer
 from lora_cli.tasks.splits import load_splits
 
-__all__ = ["KINDS", "Classification", "Encoded", "Rows", "build_task", "load_splits", "overlap"]
+__all__ = ["KINDS", "Classification", "Encoded", "Rows", "Scorer", "build_task", "load_splits", "overlap", "repeats"]
 
 KINDS = {"classification": Classification}
 """Name of a kind, as in task.kind → its class."""

@@ -1,0 +1,225 @@
+"""One configuration made real: encoded data, the base model with the adapter in it, a device.
+
+Knows the task, the model and the engine; not Hydra, nor which files a run folder holds.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_cli import __version__
+from lora_cli.engine.checkpoint import Checkpoint, Progress
+from lora_cli.engine.device import Device, open_device
+from lora_cli.engine.evaluate import evaluate, predict, rehearse
+from lora_cli.engine.selfcheck import check_same_logits
+from lora_cli.engine.train import Objective, Outcome, Recorder, train
+from lora_cli.models import BaseModel, load_base
+from lora_cli.nn import (
+    Injection,
+    fingerprint,
+    inject,
+    load_adapter,
+    load_trainable_state,
+    parameter_groups,
+    remove,
+    save_adapter,
+    trainable_state,
+)
+from lora_cli.spec import TrainRun
+from lora_cli.tasks import Classification, Encoded, Rows, Scorer
+
+__all__ = ["Experiment", "seed_of"]
+
+_VERSIONS = ("torch", "transformers", "datasets", "hydra-core", "safetensors")
+_CHECKED = 8
+"""Examples on which self-checks compare logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that a training needs, ready."""
+
+    spec: TrainRun
+    task: Classification
+    rows: Mapping[str, Rows]
+    data: Mapping[str, Encoded]
+    base: BaseModel
+    injection: Injection
+    fingerprint: str
+    """The base model's."""
+    device: Device
+
+    @classmethod
+    def build(cls, spec: TrainRun, task: Classification, rows: Mapping[str, Rows]) -> Experiment:
+        """Load the base model of `spec`, encode `rows` and put in an adapter that changes nothing yet.
+
+        Raises:
+            UserError: the model, the data or the adapter's settings do not fit together.
+            TrainingFailure: the fresh adapter changes the base model's logits.
+        """
+        device = open_device(spec.device)
+        base = load_base(
+            spec.model,
+            num_outputs=task.num_outputs,
+            labels=task.labels if task.num_outputs > 1 else None,
+            problem="regression" if task.spec.regression else "classification",
+            seed=seed_of(spec, "init"),
+            dtype=device.dtype,
+        )
+        base.model.to(device.device)
+        data = {split: task.encode(found, base.tokenizer) for split, found in rows.items()}
+        before = _logits(task, base, data["train"], device)
+        digest = fingerprint(base.model, fresh=base.fresh)
+        injection = inject(
+            base.model, spec.lora, groups=base.groups, fresh=base.fresh, skip=base.skip, seed=seed_of(spec, "init")
+        )
+        # DoRA divides by a norm and multiplies by it, which is the identity only up to rounding.
+        tolerance = 0.0 if spec.lora.variant == "lora" and device.precision == "fp32" else 2e-2
+        after = _logits(task, base, data["train"], device)
+        check_same_logits("a fresh adapter must not change the base model", before, after, tolerance=tolerance)
+        return cls(
+            spec=spec,
+            task=task,
+            rows=rows,
+            data=data,
+            base=base,
+            injection=injection,
+            fingerprint=digest,
+            device=device,
+        )
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint belongs to, besides the configuration."""
+        data = self.rows["train"].fingerprint + self.rows["validation"].fingerprint
+        return {"data": data, "base model": self.fingerprint}
+
+    def rehearse(self) -> None:
+        """Score the longest validation batch, so that what is too large for memory fails before the first step."""
+        examples, batch_size = self.data["validation"].examples, self.spec.train.eval_batch_size
+        rehearse(self.base.model, self.task, examples, device=self.device, batch_size=batch_size)
+
+    def train(self, recorder: Recorder, resume: Checkpoint | None) -> Outcome:
+        """Train, from `resume` if given, and end with the weights that the run keeps.
+
+        Raises:
+            TrainingFailure: see `engine.train`.
+        """
+        model, spec = self.base.model, self.spec.train
+        metric = spec.metric or self.task.primary_metric
+        if resume is not None:
+            load_trainable_state(model, resume.trained)
+        outcome = train(
+            model,
+            self.task,
+            self.data["train"].examples,
+            spec,
+            groups=parameter_groups(
+                model, self.injection, lr=spec.lr, head_lr=spec.head_lr or spec.lr, weight_decay=spec.weight_decay
+            ),
+            trained=lambda: trainable_state(model),
+            score=lambda: self.score("validation").result(),
+            objective=Objective(metric, greater_is_better=metric != "loss"),
+            device=self.device,
+            recorder=recorder,
+            data_seed=seed_of(self.spec, "data"),
+            dropout_seed=seed_of(self.spec, "dropout"),
+            resume=resume,
+        )
+        if spec.restore_best and outcome.best is not None:
+            load_trainable_state(model, outcome.best)
+        return outcome
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter, load it back from disk, and check that nothing was lost on the way.
+
+        Raises:
+            TrainingFailure: the loaded adapter computes other logits.
+        """
+        model, base = self.base.model, self.base
+        save_adapter(
+            model,
+            self.injection,
+            folder,
+            base_name=base.base_name,
+            revision=base.revision,
+            task_type="SEQ_CLS",
+            fingerprint=self.fingerprint,
+            extra={"task": self.task.spec.name, "labels": list(self.task.labels) if self.task.labels else None},
+        )
+        expected = _logits(self.task, base, self.data["train"], self.device)
+        remove(model)
+        load_adapter(model, folder, fresh=base.fresh, fingerprint=self.fingerprint)
+        model.to(self.device.device)
+        found = _logits(self.task, base, self.data["train"], self.device)
+        check_same_logits("the saved adapter must compute what the trained one does", expected, found, tolerance=0.0)
+
+    def score(self, split: str) -> Scorer:
+        """The model as it is now on one split."""
+        examples, batch_size = self.data[split].examples, self.spec.train.eval_batch_size
+        return evaluate(self.base.model, self.task, examples, device=self.device, batch_size=batch_size)
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json says of a run, besides what it reached."""
+        base, injection = self.base, self.injection
+        return {
+            "labels": list(self.task.labels) if self.task.labels else None,
+            "base": {
+                "name": base.base_name,
+                "revision": base.revision,
+                "family": base.family,
+                "source": base.source,
+                "fingerprint": self.fingerprint,
+            },
+            "data": {
+                split: {
+                    "rows": len(found),
+                    "fingerprint": found.fingerprint,
+                    "truncated": self.data[split].num_truncated,
+                    "empty": self.data[split].num_empty,
+                }
+                for split, found in self.rows.items()
+            },
+            "targets": [
+                {"pattern": row.pattern, "layers": len(row.modules), "parameters": row.num_parameters}
+                for row in injection.rows
+            ],
+            "trained_whole": list(injection.trained_whole),
+            "parameters": {
+                "trainable": injection.num_trainable,
+                "adapter": injection.num_adapter,
+                "total": injection.num_total,
+            },
+            "eval_batch_size": self.spec.train.eval_batch_size,
+            "init_seed": seed_of(self.spec, "init"),
+            "data_seed": seed_of(self.spec, "data"),
+            "device": str(self.device),
+            "versions": {"lora": __version__, "python": platform.python_version()} | {n: version(n) for n in _VERSIONS},
+        }
+
+    def cost(self, progress: Progress) -> dict[str, float]:
+        """What the training took."""
+        return {
+            "rows_per_s": progress.rows / max(progress.train_s, 1e-9),
+            "tokens_per_s": progress.tokens / max(progress.train_s, 1e-9),
+            "train_s": progress.train_s,
+            "peak_memory_mib": self.device.peak_memory_mib(),
+        }
+
+
+def seed_of(spec: TrainRun, kind: str) -> int:
+    """The seed for "init", "data" or "dropout": its own key's, else the run's."""
+    own = getattr(spec.train, f"{kind}_seed")
+    return spec.seed if own is None else int(own)
+
+
+def _logits(task: Classification, base: BaseModel, data: Encoded, device: Device) -> torch.Tensor:
+    """Logits of a few examples, without dropout."""
+    return next(predict(base.model, task, data.examples[:_CHECKED], device=device, batch_size=_CHECKED))[1]
