@@ -30,7 +30,8 @@ def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_the_wheel_trains_and_predicts_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
-    lora = _environment(tmp_path / "env", sys.executable, ["-c", str(CONSTRAINTS), "torch"], ["-c", str(CONSTRAINTS), wheel])
+    pinned = ["-c", str(CONSTRAINTS)]
+    lora = _environment(tmp_path / "env", sys.executable, [*pinned, "torch"], [*pinned, wheel])
     small = ["task.data.train_limit=48", "task.data.validation_limit=12", "train.epochs=1"]
     trained = _run(lora, "train", "model=tiny-bert", *small, cwd=tmp_path)
     assert "lora eval run=latest" in trained

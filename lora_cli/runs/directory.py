@@ -10,6 +10,7 @@ What is read back is data from outside: plain values only, of bounded size, noth
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -73,6 +74,20 @@ class RunDirectory:
         run = cls(path)
         run.update(format=FORMAT, status="running", signature=signature(config), started=_now())
         return run
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from training in this folder; the lock dies with its process.
+
+        Raises:
+            RunError: another process holds it.
+        """
+        with (self.path / ".lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{self.path}: in use by another process; wait, or choose another folder") from None
+            yield
 
     def update(self, **facts: Any) -> None:
         """Merge `facts` into run.json."""
