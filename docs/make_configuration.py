@@ -16,9 +16,9 @@ _INTRODUCTION = """\
 
 Every key of every verb, made from `lora_cli/spec.py` by `docs/make_configuration.py`. Do not edit this page.
 
-A key is set by `key=value` on the command line. `None` in a text below is written `null` there.
+A key is set by `key=value` on the command line.
 A list is written `[a,b]`; quote the whole word if the shell would read it.
-A table gets an entry by a plus: `+lora.rank_pattern.query=4`.
+A table takes keys of your own: `lora.rank_pattern.query=4`, or whole, `"lora.rank_pattern={query: 4}"`.
 A group is a file of values: `lora=dora` takes `conf/lora/dora.yaml`, and keys after it still count.
 Files of the same groups under `./conf` are found by themselves.
 Any other key that does not exist is an error, also with a `+` before it.

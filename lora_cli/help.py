@@ -86,7 +86,8 @@ def _section(section: str, prefix: str, schema: type) -> Iterator[Key]:
 
 def _key(section: str, prefix: str, field: dataclasses.Field[object], schema: type) -> Key:
     help_text = next(text[field.name] for base in schema.__mro__ if field.name in (text := _field_help(base)))
-    return Key(section, prefix + field.name, str(field.type), _default(field), help_text)
+    # Python's None is null where a person writes it.
+    return Key(section, prefix + field.name, str(field.type), _default(field), help_text.replace("None:", "null:"))
 
 
 def _default(field: dataclasses.Field[object]) -> str:
@@ -126,7 +127,7 @@ def _verb_line(schema: type) -> str:
 
 def _wrapped(left: str, text: str) -> str:
     width = max(shutil.get_terminal_size((110, 24)).columns, 90)
-    lines = textwrap.wrap(text, max(width - len(left), 30)) or [""]
+    lines = textwrap.wrap(text, max(width - len(left), 30), break_on_hyphens=False) or [""]
     return left + ("\n" + " " * len(left)).join(lines)
 
 

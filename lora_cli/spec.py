@@ -407,7 +407,7 @@ class InferRun:
     def __post_init__(self) -> None:
         _at_least("batch_size", self.batch_size, 1, optional=True)
         if (self.text is None) == (self.input is None):
-            raise ConfigError("text", self.text, 'give one of text="..." and input=FILE (or input=- to read lines)')
+            raise ConfigError("text", "", 'give one of text="..." and input=FILE (or input=- to read lines)')
         if self.text_pair is not None and self.text is None:
             raise ConfigError("text_pair", self.text_pair, "goes with text=")
 
@@ -423,7 +423,7 @@ class FetchRun:
 
     def __post_init__(self) -> None:
         if self.task is None and self.model is None:
-            raise ConfigError("model", None, "give model=NAME, task=NAME or both")
+            raise ConfigError("model", "", "give model=NAME, task=NAME or both")
 
 
 VERBS: dict[str, type] = {"train": TrainRun, "eval": EvalRun, "infer": InferRun, "fetch": FetchRun}

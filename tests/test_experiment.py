@@ -80,7 +80,9 @@ def test_the_same_seed_makes_the_same_start_and_another_one_does_not() -> None:
 
 
 def test_a_misspelt_layer_names_the_nearest() -> None:
-    with pytest.raises(UnknownName, match=r"lora\.targets=qeury: no such layer\. Did you mean attention\.self\.query\?"):
+    with pytest.raises(
+        UnknownName, match=r"lora\.targets=qeury: no such layer\. Did you mean attention\.self\.query\?"
+    ):
         build(lora=LoraSpec(targets=["qeury"]))
 
 

@@ -31,8 +31,10 @@ __all__ = [
     "FORMAT",
     "RunDirectory",
     "atomic_folder",
+    "point_latest",
     "read_json",
     "read_saved_config",
+    "result_keys",
     "signature",
     "write_atomic",
     "write_json",
@@ -139,8 +141,12 @@ class RunDirectory:
 
 def signature(config: Mapping[str, Any]) -> str:
     """Eight hex digits of the keys that change results: equal for equal experiments."""
-    flat = {key: value for key, value in _flatten(config) if not key.startswith(_NOT_IN_SIGNATURE)}
-    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(result_keys(config), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def result_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config that change results, by dotted name."""
+    return {key: value for key, value in _flatten(config) if not key.startswith(_NOT_IN_SIGNATURE)}
 
 
 def read_saved_config(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import RunError, UnknownName
-from lora_cli.runs.directory import RunDirectory, read_json, read_saved_config, signature
+from lora_cli.runs.directory import RunDirectory, read_json, read_saved_config, result_keys, signature
 
 __all__ = ["find_run", "is_bare_adapter", "run_of"]
 
@@ -74,7 +74,5 @@ def _from_here(path: Path) -> Path:
 
 
 def _differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    from lora_cli.runs.directory import _flatten
-
-    left, right = dict(_flatten(ours)), dict(_flatten(theirs))
+    left, right = result_keys(ours), result_keys(theirs)
     return sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
