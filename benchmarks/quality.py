@@ -164,7 +164,7 @@ def _peer_model(spec: ModelSpec, lora: LoraSpec, facts: Mapping[str, Any]) -> tu
 
 
 def _start_as_ours(model: peft.PeftModel, spec: ModelSpec, lora: LoraSpec, facts: Mapping[str, Any]) -> None:
-    """Give the peer the A and the head that ours began with, so that a difference at the end is not one of the start."""
+    """Give the peer the A and the head that ours began with: a difference at the end is then not one of the start."""
     from lora_cli.models import load_base
     from lora_cli.nn import adapted_layers, inject
 

@@ -7,59 +7,30 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import ConfigError, LoraError, RunError, UnknownName, UserError, nearest, printable
-from lora_cli.spec import VERBS, ClassificationSpec, EvalRun, FetchRun, InferRun, ModelSpec, TrainRun
+from lora_cli.spec import TASK_KINDS, VERBS, ModelSpec, TrainRun, nested_specs
+from lora_cli.words import prepare, take_literals
 
 __all__ = [
     "SAVED_GROUPS",
-    "TASK_KINDS",
     "Job",
     "complete",
     "conf_dir",
     "explain",
     "group_options",
     "launch",
-    "nested_specs",
     "to_plain",
 ]
 
-Spec = TrainRun | EvalRun | InferRun | FetchRun
-
-TASK_KINDS: dict[str, type] = {"classification": ClassificationSpec}
-"""Kind of task → the dataclass that types its YAML files."""
 SAVED_GROUPS = ("task", "model")
 """Groups that eval and infer take from the saved run, as the option `_run`."""
 
-_FLAGS_WITH_VALUE = frozenset(
-    (
-        "-c",
-        "--cfg",
-        "-p",
-        "--package",
-        "-cp",
-        "--config-path",
-        "-cn",
-        "--config-name",
-        "-cd",
-        "--config-dir",
-        "-i",
-        "--info",
-    )
-)
-_FLAG_VALUES = dict.fromkeys(("-c", "--cfg"), ("job", "hydra", "all"))
-_FLAGS = _FLAGS_WITH_VALUE | {"-m", "--multirun", "-r", "--run", "--resolve", "--hydra-help", "-sc"}
-_FLAGS |= {"--shell-completion", "--experimental-rerun"}
-_HYDRA_ONLY = frozenset(
-    ("-cp", "--config-path", "-cn", "--config-name", "-sc", "--shell-completion", "--experimental-rerun", "-r", "--run")
-)
-"""Flags that pass through, but that a person is not pointed to."""
 _WANTED = {
     "converted to Integer": "a whole number",
     "converted to Float": "a number",
@@ -68,10 +39,6 @@ _WANTED = {
     "is not Optional": "needs a value, which null is not",
 }
 """What OmegaConf says of a value → what is allowed, in our words."""
-_LITERAL_KEYS = ("text", "text_pair")
-"""Keys whose value is the user's own words: never parsed by Hydra's grammar."""
-_PATH_KEYS = frozenset(("run", "input", "output", "model.path", "hydra.run.dir", "hydra.sweep.dir"))
-_PATH_KEYS |= {"task.data.train", "task.data.validation", "task.data.test"}
 
 
 @dataclass(frozen=True)
@@ -111,7 +78,7 @@ def launch(
     """
     from hydra import main as hydra_main
 
-    literals, words = _take_literals(words)
+    literals, words = take_literals(words)
     _register_schemas()
     _register_user_conf()
     _register_saved(saved or {})
@@ -126,7 +93,7 @@ def launch(
             return None
 
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [f"lora {verb}", *_flags_first(_opened(words, VERBS[verb]))]
+    sys.argv = [f"lora {verb}", *prepare(words, VERBS[verb])]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise where it would print and exit with 1
     try:
         hydra_main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(task_function)()
@@ -261,20 +228,6 @@ def _all_keys(root: type, prefix: str = "") -> list[str]:
     return list(dict.fromkeys(keys))
 
 
-def nested_specs(root: type) -> list[tuple[str, list[type]]]:
-    """Each field of a spec with the spec classes that can stand there (none for a plain value)."""
-    import typing
-
-    hints = typing.get_type_hints(root)
-    found = []
-    for field in dataclasses.fields(root):
-        candidates = [hints[field.name], *typing.get_args(hints[field.name])]
-        schemas = [hint for hint in candidates if dataclasses.is_dataclass(hint)]
-        kinds = list(TASK_KINDS.values()) if field.name == "task" and schemas else schemas
-        found.append((field.name, typing.cast("list[type]", kinds)))
-    return found
-
-
 def _missing_option(missing: str, options: Sequence[str]) -> UserError:
     group, _, name = missing.rpartition("/")
     if name == "_run" and not any(word.startswith("run=") and word != "run=" for word in sys.argv):
@@ -308,74 +261,6 @@ def _value_of(error: Any, key: str) -> object:
     if override is not None:
         return override.partition("=")[2]
     return getattr(error, "value", None) or ""
-
-
-def _flags_first(words: Sequence[str]) -> list[str]:
-    """Flags, then `--`, then overrides: argparse takes only one block of overrides."""
-    flags: list[str] = []
-    overrides: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        if not word.startswith("-"):
-            overrides.append(word)
-            continue
-        if word.split("=")[0] not in _FLAGS:
-            raise UserError(f"{word}: no such flag; there are {', '.join(sorted(_FLAGS - _HYDRA_ONLY))} and --help")
-        flags.append(word)
-        if word in _FLAGS_WITH_VALUE:
-            flags.append(next(rest, ""))
-            options = _FLAG_VALUES.get(word)
-            if not flags[-1] or (options and flags[-1] not in options):
-                allowed = f"one of {', '.join(options)}" if options else "needs a value"
-                raise ConfigError(word, flags[-1], allowed)
-    sweeping = not {"-m", "--multirun"}.isdisjoint(flags)
-    return [*flags, *(["--", *(_quoted(word, sweeping) for word in overrides)] if overrides else [])]
-
-
-def _opened(words: Sequence[str], root: type) -> list[str]:
-    """Let a table take keys of the user's own, for which Hydra wants ++lora.rank_pattern={query:4}."""
-    tables = tuple(_table_keys(root))
-    return [f"++{word}" if word.startswith(tables) else word for word in words]
-
-
-def _table_keys(root: type, prefix: str = "") -> Iterator[str]:
-    """How overrides of a key that holds a dict begin: "lora.rank_pattern=", "lora.rank_pattern."."""
-    import typing
-
-    hints = typing.get_type_hints(root)
-    for name, nested in nested_specs(root):
-        if any(typing.get_origin(hint) is dict for hint in (hints[name], *typing.get_args(hints[name]))):
-            yield from (f"{prefix}{name}=", f"{prefix}{name}.")
-        for schema in nested:
-            yield from _table_keys(schema, f"{prefix}{name}.")
-
-
-def _quoted(word: str, sweeping: bool) -> str:
-    """A path as one word of Hydra's grammar, in which = ( ) and blanks have a meaning, and commas when sweeping."""
-    key, equals, value = word.partition("=")
-    if key in _PATH_KEYS and value.startswith("~"):
-        # No shell does it behind an equals sign.
-        value = os.path.expanduser(value)  # noqa: PTH111 - Path would drop a slash at the end
-        word = f"{key}={value}"
-    plain = all((char.isascii() and char.isalnum()) or char in ("/._-+*@%" + "," * sweeping) for char in value)
-    if not equals or key not in _PATH_KEYS or plain or value[:1] in ("'", '"', "$") or not value:
-        return word
-    # A backslash means itself, except in front of a quote.
-    escaped = re.sub(r"(\\+)('|\Z)", r"\1\1\2", value).replace("'", "\\'")
-    return f"{key}='{escaped}'"
-
-
-def _take_literals(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Replace what the user wrote after text= by a placeholder, so that no grammar reads it."""
-    literals: dict[str, str] = {}
-    rest = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if equals and key in _LITERAL_KEYS:
-            literals[key] = value
-            word = f"{key}=given"
-        rest.append("input='-'" if word == "-" else word)
-    return literals, rest
 
 
 def _register_schemas() -> None:

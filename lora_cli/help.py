@@ -52,7 +52,7 @@ def print_verb(verb: str) -> None:
     """The groups, keys, types, defaults and help of one verb, section by section."""
     schema = spec.VERBS[verb]
     print(f"lora {verb}: {_verb_line(schema)}\n\nusage: lora {verb} [key=value ...] [flags]\n\n{_FLAGS}")
-    groups = [name for name, nested in config.nested_specs(schema) if nested]
+    groups = [name for name, nested in spec.nested_specs(schema) if nested]
     print(_strong("groups") + "  (group=option)")
     for group in groups:
         options = ", ".join(config.group_options(group))
@@ -68,7 +68,7 @@ def print_verb(verb: str) -> None:
 
 def keys_of(schema: type) -> Iterator[Key]:
     """Every key of a verb's config, root keys first, in the order they are written in spec.py."""
-    nested = dict(config.nested_specs(schema))
+    nested = dict(spec.nested_specs(schema))
     yield from (_key("", "", field, schema) for field in dataclasses.fields(schema) if not nested[field.name])
     for name, schemas in nested.items():
         for inner in schemas:
@@ -76,7 +76,7 @@ def keys_of(schema: type) -> Iterator[Key]:
 
 
 def _section(section: str, prefix: str, schema: type) -> Iterator[Key]:
-    for field, (_, nested) in zip(dataclasses.fields(schema), config.nested_specs(schema), strict=True):
+    for field, (_, nested) in zip(dataclasses.fields(schema), spec.nested_specs(schema), strict=True):
         if nested:
             for inner in nested:
                 yield from _section(section, f"{prefix}{field.name}.", inner)

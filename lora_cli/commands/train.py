@@ -43,6 +43,8 @@ def run(spec: TrainRun, *, directory: Path | None = None, overrides: Sequence[st
     kept = run_of(config, directory) if spec.resume == "auto" else None
     if kept is not None and kept.facts()["status"] == "finished":
         return _report(screen, kept, kept.facts()["metrics"], spec.task)
+    if kept is None and directory is not None:
+        RunDirectory.check_free(directory)
     task = build_task(spec.task)
     rows = _load_rows(spec, task, screen)
 

@@ -67,8 +67,7 @@ class RunDirectory:
             RunError: `directory` already holds a run, or a file is in the way.
         """
         path = directory if directory is not None else _free_name(Path("runs") / _name(config))
-        if (path / "run.json").exists():
-            raise RunError(f"{path}: holds a run already; choose another hydra.run.dir, or resume=auto to continue it")
+        cls.check_free(path)
         with _explained(path):
             path.mkdir(parents=True, exist_ok=True)
             write_atomic(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
@@ -76,6 +75,18 @@ class RunDirectory:
         run = cls(path)
         run.update(format=FORMAT, status="running", signature=signature(config), started=_now())
         return run
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Refuse a folder that cannot become a run's.
+
+        Raises:
+            RunError: it holds a run already, or a file is in the way.
+        """
+        if (path / "run.json").exists():
+            raise RunError(f"{path}: holds a run already; choose another hydra.run.dir, or resume=auto to continue it")
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path}: a file is in the way of the run folder")
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
