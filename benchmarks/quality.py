@@ -148,7 +148,9 @@ def _peer_model(spec: ModelSpec, lora: LoraSpec, facts: Mapping[str, Any]) -> tu
     folder = str(find_source(spec).folder)
     head = {"num_labels": len(facts["labels"])} if facts["labels"] else {"num_labels": 1, "problem_type": "regression"}
     safe = {"local_files_only": True, "trust_remote_code": False}
-    base = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, **head, **safe)
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+    dropout = {} if spec.dropout is None else dict.fromkeys(names, spec.dropout)
+    base = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, **head, **dropout, **safe)
     config = peft.LoraConfig(
         task_type="SEQ_CLS",
         r=lora.r,
@@ -283,7 +285,9 @@ def _stopwatch() -> Any:
 
 def _overrides(args: argparse.Namespace) -> list[str]:
     return [
-        *("model=minilm", "lora.r=8", "lora.alpha=16", "lora.dropout=0.1", "device=cpu", "device.precision=fp32"),
+        *("model=minilm", "lora.r=8", "lora.alpha=16", "device=cpu", "device.precision=fp32"),
+        f"lora.dropout={args.dropout}",
+        *(["model.dropout=0"] if args.dropout == 0 else []),
         f"train.epochs={args.epochs}",
         f"train.lr={args.lr}",
         f"train.batch_size={args.batch}",
@@ -365,6 +369,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--length-window", type=int, default=TrainSpec().length_window, help="ours: train.length_window; 1: as the peer"
     )
+    parser.add_argument("--dropout", type=float, default=0.1, help="of the adapter; 0: none in the base model either")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of torch, for both")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"), help="results")
     parser.add_argument("--peer", type=Path, metavar="RUN", help="only train the peer as the run folder RUN says")
