@@ -1,7 +1,8 @@
 """What the layers of each architecture are called. Knows names only: no torch, no checkpoint.
 
 Names are dotted suffixes of module names as they are in memory (not as on disk), or `re:` and a
-regular expression of the whole name where one suffix ends another (`attention.output.dense`).
+regular expression of the whole name where one suffix ends another (`attention.output.dense`). A colon
+and parts stand for a share of a fused projection (`c_attn:q+v`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ __all__ = ["FAMILIES", "Family", "layer_groups"]
 class Family:
     """The layers of one architecture: what LoRA adapts unless told otherwise, and all of both blocks.
 
-    `default` is query and value, as in the paper (arXiv:2106.09685, section 7.1), or the fused
-    projection that holds them. `undeclared` are settings that the model reads though transformers'
+    `default` is query and value, as in the paper (arXiv:2106.09685, section 7.1), or, where parts would
+    be a surprise or are not known, the whole fused projection that holds them. `undeclared` are settings that the model reads though transformers'
     config class does not list them.
     """
 
@@ -33,6 +34,15 @@ _BERT = Family(
     attention=("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
     mlp=_FEED_FORWARD,
 )
+
+_LLAMA = Family(
+    default=("self_attn.q_proj", "self_attn.v_proj"),
+    attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    mlp=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+# One parameter holds all experts: naming it is refused with that reason.
+_EXPERTS = Family(default=_LLAMA.default, attention=_LLAMA.attention, mlp=("mlp.experts",))
+_FUSED_BLOCK = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 
 FAMILIES: dict[str, Family] = {
     "bert": _BERT,
@@ -71,6 +81,67 @@ FAMILIES: dict[str, Family] = {
         undeclared=("share_att_key", "position_buckets", "norm_rel_ebd"),
     ),
     "modernbert": Family(default=("attn.Wqkv",), attention=("attn.Wqkv", "attn.Wo"), mlp=("mlp.Wi", "mlp.Wo")),
+    "gpt2": Family(
+        default=("attn.c_attn:q+v",), attention=("attn.c_attn", "attn.c_proj"), mlp=("mlp.c_fc", "mlp.c_proj")
+    ),
+    "opt": Family(
+        default=("self_attn.q_proj", "self_attn.v_proj"),
+        attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+        mlp=("fc1", "fc2"),
+    ),
+    "gpt_neox": Family(
+        default=("attention.query_key_value:q+v",),
+        attention=("attention.query_key_value", "attention.dense"),
+        mlp=_FUSED_BLOCK,
+    ),
+    "gpt_neo": Family(
+        default=("attention.q_proj", "attention.v_proj"),
+        attention=("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj"),
+        mlp=("mlp.c_fc", "mlp.c_proj"),
+    ),
+    "bloom": Family(
+        default=("self_attention.query_key_value:q+v",),
+        attention=("self_attention.query_key_value", "self_attention.dense"),
+        mlp=_FUSED_BLOCK,
+    ),
+    "falcon": Family(
+        # Whole: most Falcons share keys and values among heads, so their parts cannot be addressed.
+        default=("self_attention.query_key_value",),
+        attention=("self_attention.query_key_value", "self_attention.dense"),
+        mlp=_FUSED_BLOCK,
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "mixtral": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+    "phi": Family(
+        default=("self_attn.q_proj", "self_attn.v_proj"),
+        attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense"),
+        mlp=("mlp.fc1", "mlp.fc2"),
+    ),
+    "phi3": Family(
+        default=("self_attn.qkv_proj:q+v",),
+        attention=("self_attn.qkv_proj", "self_attn.o_proj"),
+        mlp=("mlp.gate_up_proj", "mlp.down_proj"),
+    ),
+    "t5": Family(
+        default=tuple(f"{block}.{part}" for block in ("SelfAttention", "EncDecAttention") for part in "qv"),
+        attention=tuple(f"{block}.{part}" for block in ("SelfAttention", "EncDecAttention") for part in "qkvo"),
+        # Gated ones (Flan-T5) have two inner projections.
+        mlp=(r"re:.*\.DenseReluDense\.wi(_[01])?", "DenseReluDense.wo"),
+    ),
+    "bart": Family(
+        default=tuple(f"{block}.{part}_proj" for block in ("self_attn", "encoder_attn") for part in "qv"),
+        attention=tuple(
+            f"{block}.{part}_proj" for block in ("self_attn", "encoder_attn") for part in ("q", "k", "v", "out")
+        ),
+        mlp=("fc1", "fc2"),
+    ),
 }
 """transformers' model_type → its layers."""
 

@@ -232,8 +232,12 @@ class LoraEmbedding(LoraLayer):
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Any Embedding that leaves its weight alone in `forward`."""
-        return isinstance(module, nn.Embedding) and module.max_norm is None
+        """An Embedding that looks up what it is given and leaves its weight alone.
+
+        Position tables of OPT and BART do not: their `forward` counts positions itself.
+        """
+        looks_up = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+        return isinstance(module, nn.Embedding) and module.max_norm is None and looks_up
 
     def _draw(self, a_RI: Tensor, b_OR: Tensor, generator: torch.Generator | None) -> None:
         nn.init.normal_(b_OR, generator=generator)

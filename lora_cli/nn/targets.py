@@ -191,7 +191,7 @@ def _refusal(
 ) -> ConfigError:
     """Why none of the modules that `entry` matches can be adapted."""
     owners = {name.rpartition(".")[0] for name, _ in model.named_parameters() if f".{name}".endswith(f".{entry}")}
-    experts = [name for name in [*found, *sorted(owners)] if _has_experts(model, name)]
+    experts = sorted(name for name in {*found, *owners} if _has_experts(model, name))
     if experts:
         (inner, weight), *_ = model.get_submodule(experts[0]).named_parameters()
         reason = (
