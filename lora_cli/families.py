@@ -8,7 +8,7 @@ and parts stand for a share of a fused projection (`c_attn:q+v`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["FAMILIES", "Family", "layer_groups"]
 
@@ -18,13 +18,15 @@ class Family:
     """The layers of one architecture: what LoRA adapts unless told otherwise, and all of both blocks.
 
     `default` is query and value, as in the paper (arXiv:2106.09685, section 7.1), or, where parts would
-    be a surprise or are not known, the whole fused projection that holds them. `undeclared` are settings that the model reads though transformers'
-    config class does not list them.
+    be a surprise or are not known, the whole fused projection that holds them. `kind` is what the
+    architecture is for: "encoder" (understanding), "decoder" or "encoder-decoder" (both generation).
+    `undeclared` are settings that the model reads though transformers' config class does not list them.
     """
 
     default: tuple[str, ...]
     attention: tuple[str, ...]
     mlp: tuple[str, ...]
+    kind: str = "encoder"
     undeclared: tuple[str, ...] = ()
 
 
@@ -39,9 +41,10 @@ _LLAMA = Family(
     default=("self_attn.q_proj", "self_attn.v_proj"),
     attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     mlp=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    kind="decoder",
 )
 # One parameter holds all experts: naming it is refused with that reason.
-_EXPERTS = Family(default=_LLAMA.default, attention=_LLAMA.attention, mlp=("mlp.experts",))
+_EXPERTS = replace(_LLAMA, mlp=("mlp.experts",))
 _FUSED_BLOCK = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 
 FAMILIES: dict[str, Family] = {
@@ -82,33 +85,41 @@ FAMILIES: dict[str, Family] = {
     ),
     "modernbert": Family(default=("attn.Wqkv",), attention=("attn.Wqkv", "attn.Wo"), mlp=("mlp.Wi", "mlp.Wo")),
     "gpt2": Family(
-        default=("attn.c_attn:q+v",), attention=("attn.c_attn", "attn.c_proj"), mlp=("mlp.c_fc", "mlp.c_proj")
+        default=("attn.c_attn:q+v",),
+        attention=("attn.c_attn", "attn.c_proj"),
+        mlp=("mlp.c_fc", "mlp.c_proj"),
+        kind="decoder",
     ),
     "opt": Family(
         default=("self_attn.q_proj", "self_attn.v_proj"),
         attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
         mlp=("fc1", "fc2"),
+        kind="decoder",
     ),
     "gpt_neox": Family(
         default=("attention.query_key_value:q+v",),
         attention=("attention.query_key_value", "attention.dense"),
         mlp=_FUSED_BLOCK,
+        kind="decoder",
     ),
     "gpt_neo": Family(
         default=("attention.q_proj", "attention.v_proj"),
         attention=("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj"),
         mlp=("mlp.c_fc", "mlp.c_proj"),
+        kind="decoder",
     ),
     "bloom": Family(
         default=("self_attention.query_key_value:q+v",),
         attention=("self_attention.query_key_value", "self_attention.dense"),
         mlp=_FUSED_BLOCK,
+        kind="decoder",
     ),
     "falcon": Family(
         # Whole: most Falcons share keys and values among heads, so their parts cannot be addressed.
         default=("self_attention.query_key_value",),
         attention=("self_attention.query_key_value", "self_attention.dense"),
         mlp=_FUSED_BLOCK,
+        kind="decoder",
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -123,17 +134,20 @@ FAMILIES: dict[str, Family] = {
         default=("self_attn.q_proj", "self_attn.v_proj"),
         attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense"),
         mlp=("mlp.fc1", "mlp.fc2"),
+        kind="decoder",
     ),
     "phi3": Family(
         default=("self_attn.qkv_proj:q+v",),
         attention=("self_attn.qkv_proj", "self_attn.o_proj"),
         mlp=("mlp.gate_up_proj", "mlp.down_proj"),
+        kind="decoder",
     ),
     "t5": Family(
         default=tuple(f"{block}.{part}" for block in ("SelfAttention", "EncDecAttention") for part in "qv"),
         attention=tuple(f"{block}.{part}" for block in ("SelfAttention", "EncDecAttention") for part in "qkvo"),
         # Gated ones (Flan-T5) have two inner projections.
         mlp=(r"re:.*\.DenseReluDense\.wi(_[01])?", "DenseReluDense.wo"),
+        kind="encoder-decoder",
     ),
     "bart": Family(
         default=tuple(f"{block}.{part}_proj" for block in ("self_attn", "encoder_attn") for part in "qv"),
@@ -141,6 +155,7 @@ FAMILIES: dict[str, Family] = {
             f"{block}.{part}_proj" for block in ("self_attn", "encoder_attn") for part in ("q", "k", "v", "out")
         ),
         mlp=("fc1", "fc2"),
+        kind="encoder-decoder",
     ),
 }
 """transformers' model_type → its layers."""

@@ -280,21 +280,32 @@ def test_dora_leaves_a_row_of_zeros_zero() -> None:
     assert torch.equal(layer(torch.ones(4))[1], torch.zeros(()))
 
 
-def test_trained_tensors_are_fp32_over_a_bf16_base(x: torch.Tensor) -> None:
-    layer = build(dtype=torch.bfloat16, variant="dora")
-    assert {p.dtype for p in layer.parameters() if p.requires_grad} == {torch.float32}
-    layer(x.bfloat16()).sum().backward()
-    assert {p.grad.dtype for p in (layer.A, layer.B, layer.magnitude)} == {torch.float32}
+@pytest.mark.parametrize(("case", "bias", "variant"), PRODUCT)
+def test_trained_tensors_are_fp32_over_a_bf16_base(case: Case, bias: bool, variant: str) -> None:
+    layer = build(bias, torch.bfloat16, case, variant=variant)
+    trained_ones = [p for p in layer.parameters() if p.requires_grad]
+    layer(inputs_of(layer, torch.bfloat16)).float().square().sum().backward()
+    assert {p.dtype for p in trained_ones} == {p.grad.dtype for p in trained_ones} == {torch.float32}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_layer_works_under_autocast(variant: str, x: torch.Tensor) -> None:
-    layer = build(variant=variant)
+@pytest.mark.parametrize(("case", "bias", "variant"), PRODUCT)
+def test_layer_works_under_autocast(case: Case, bias: bool, variant: str) -> None:
+    layer = build(bias, case=case, variant=variant)
+    x = inputs_of(layer)
     with torch.autocast("cpu", torch.bfloat16):
         narrow, delta = layer(x), layer.delta_weight()
-    assert narrow.dtype == torch.bfloat16
+        # Autocast leaves a look-up as wide as its table.
+        assert narrow.dtype == layer.base_layer(x).dtype
     assert delta.dtype == torch.float32
-    torch.testing.assert_close(narrow.float(), layer(x), rtol=0.05, atol=0.1)
+    torch.testing.assert_close(narrow.float(), layer(x), rtol=0.05, atol=0.2)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_layer_can_be_copied_and_moved(case: Case) -> None:
+    layer = build(case=case)
+    twin = copy.deepcopy(layer).double()
+    torch.testing.assert_close(twin(inputs_of(layer, torch.float64)).float(), layer(inputs_of(layer)))
+    assert {name.split(".")[0] for name in layer.state_dict()} == {"A", "B", "base_layer"}
 
 
 def test_merging_twice_is_refused() -> None:
