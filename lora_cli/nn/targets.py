@@ -162,28 +162,32 @@ def _targets(
             left_out |= {name for name in linears if is_inside(name, skip)}
             found = {name: () for name in [*linears, *opaque] if not is_inside(name, skip)}
         else:
-            found = _with_parts(groups.get(entry, [entry]), names)
+            found = _with_parts(entry, groups.get(entry, [entry]), names)
         if found.keys().isdisjoint(free):
             raise _refusal(model, entry, found, kinds, [*groups, ALL_LINEAR, *_shown(free, kinds)])
         left_out |= found.keys() & set(opaque)
         for name in free:
             if name in found and chosen.setdefault(name, (entry, found[name]))[1] != found[name]:
-                other = chosen[name][0]
-                raise ConfigError(
-                    "lora.targets", entry, f"'{other}' takes other parts of {name}; name them in one entry"
-                )
+                raise _overlap(entry, chosen[name][0], name)
     ends = dict.fromkeys(_without_index(name) for name in kinds if name in left_out)
     return {name: chosen[name] for name in free if name in chosen}, tuple(ends)
 
 
-def _with_parts(patterns: Iterable[str], names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Module → the parts that the first pattern matching it names."""
+def _with_parts(entry: str, patterns: Iterable[str], names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Module → its parts, for all that the patterns of one entry match."""
     found: dict[str, tuple[str, ...]] = {}
     for pattern in patterns:
-        end, colon, parts = (pattern, "", "") if pattern.startswith("re:") else pattern.partition(":")
-        for name in _matching("lora.targets", [end], names):
-            found.setdefault(name, tuple(parts.split("+")) if colon else ())
+        end, colon, text = (pattern, "", "") if pattern.startswith("re:") else pattern.partition(":")
+        parts = tuple(text.split("+")) if colon else ()
+        for name in sorted(_matching("lora.targets", [end], names)):
+            if found.setdefault(name, parts) != parts:
+                raise _overlap(entry, pattern, name)
     return found
+
+
+def _overlap(entry: str, other: str, name: str) -> ConfigError:
+    # Which one wins would be a guess.
+    return ConfigError("lora.targets", entry, f"'{other}' takes other parts of {name}; name them in one entry")
 
 
 def _refusal(

@@ -223,6 +223,12 @@ def test_parts_of_a_falcon_that_shares_keys_are_refused_by_name(settings: dict[s
     inject(tiny_lm("falcon", **settings), LoraSpec(targets=["query_key_value"]), groups={})
 
 
+def test_group_that_takes_two_shares_of_one_layer_is_refused() -> None:
+    groups = {"default": ["c_attn:q", "c_attn:v"]}
+    with pytest.raises(ConfigError, match=r"lora.targets=default: 'c_attn:v' takes other parts of"):
+        inject(tiny_lm("gpt2"), LoraSpec(r=2), groups=groups)
+
+
 def test_layer_of_another_width_than_its_name_says_is_refused() -> None:
     model = tiny_lm("gpt2", add_cross_attention=True)
     with pytest.raises(ConfigError, match=r"crossattention.c_attn:q\+v: it is not known to be fused"):
