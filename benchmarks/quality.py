@@ -14,12 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_cli.engine.batches import BatchPlan
 from lora_cli.runs.directory import RunDirectory, read_json, read_saved_config, write_json
 from lora_cli.spec import ClassificationSpec, DataSpec, LoraSpec, ModelSpec, TrainSpec
 
@@ -119,7 +120,7 @@ def train_peer(run: Path) -> dict[str, Any]:
     model, tokenizer = _peer_model(ModelSpec(**config["model"]), LoraSpec(**config["lora"]), facts)
     data = _peer_data(task, tokenizer, facts)
     stopwatch = _stopwatch()
-    trainer = transformers.Trainer(
+    trainer = _trainer_class(train, len(data["train"]), facts["data_seed"])(
         model=model,
         args=_peer_arguments(train, task.metrics[0], config["seed"], run / "trainer"),
         train_dataset=data["train"],
@@ -158,7 +159,53 @@ def _peer_model(spec: ModelSpec, lora: LoraSpec, facts: Mapping[str, Any]) -> tu
     model = peft.get_peft_model(base, config)
     trainable, _ = model.get_nb_trainable_parameters()
     assert trainable == facts["parameters"]["trainable"], "the peer does not train what ours did"
+    _start_as_ours(model, spec, lora, facts)
     return model, AutoTokenizer.from_pretrained(folder, **safe)
+
+
+def _start_as_ours(model: peft.PeftModel, spec: ModelSpec, lora: LoraSpec, facts: Mapping[str, Any]) -> None:
+    """Give the peer the A and the head that ours began with: a difference at the end is then not one of the start."""
+    from lora_cli.models import load_base
+    from lora_cli.nn import adapted_layers, inject
+
+    labels, seed = facts["labels"], facts["init_seed"]
+    problem = "classification" if labels else "regression"
+    ours = load_base(spec, num_outputs=len(labels or [0]), labels=labels, problem=problem, seed=seed)
+    inject(ours.model, lora, groups=ours.groups, fresh=ours.fresh, skip=ours.skip, seed=seed)
+    for name, layer in adapted_layers(ours.model).items():
+        theirs = model.get_submodule(f"base_model.model.{name}").lora_A["default"]  # type: ignore[index]
+        theirs.weight.data.copy_(layer.A.data)  # type: ignore[union-attr]
+    for name in ours.fresh:
+        target = model.get_submodule(f"base_model.model.{name}").modules_to_save["default"]  # type: ignore[index]
+        target.load_state_dict(ours.model.get_submodule(name).state_dict())  # type: ignore[union-attr]
+
+
+def _trainer_class(train: TrainSpec, num_rows: int, seed: int) -> Any:
+    """The Trainer; for a plain random order (train.length_window=1) one that draws the batches that ours drew."""
+    from torch.utils.data import Sampler
+    from transformers import Trainer
+
+    if train.length_window > 1:
+        return Trainer
+    plan = BatchPlan([1] * num_rows, train.batch_size, 1, 1, seed)
+
+    class Order(Sampler[int]):
+        epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __len__(self) -> int:
+            return num_rows
+
+        def __iter__(self) -> Iterator[int]:
+            return (number for batch in plan.batches(self.epoch) for number in batch)
+
+    class InOurOrder(Trainer):  # type: ignore[misc, unused-ignore]
+        def _get_train_sampler(self, *_: Any) -> Order:
+            return Order()
+
+    return InOurOrder
 
 
 def _peer_data(task: ClassificationSpec, tokenizer: Any, facts: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

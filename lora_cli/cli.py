@@ -66,7 +66,7 @@ def _dispatch(verb: str, words: list[str]) -> int:
         print_overview()
         return 0
     if verb not in VERBS:
-        near = nearest(words[0], list(VERBS)) or "lora --help"
+        near = nearest(words[0].lower(), list(VERBS)) or "lora --help"
         raise UserError(f"{words[0]}: no such verb. Did you mean {near}? There are: {', '.join(VERBS)}")
     if {"-h", "--help"} & set(words[1:]):
         from lora_cli.help import print_verb
@@ -82,9 +82,10 @@ def _run(verb: str, words: list[str]) -> int:
     failed: list[tuple[config.Job, LoraError]] = []
 
     def run_job(job: config.Job) -> float | None:
-        command = importlib.import_module(f"lora_cli.commands.{verb}")
         try:
-            result: float | None = command.run(job.spec, directory=job.directory, overrides=job.overrides)
+            spec = job.spec()
+            command = importlib.import_module(f"lora_cli.commands.{verb}")
+            result: float | None = command.run(spec, directory=job.directory, overrides=job.overrides)
             return result
         except LoraError as error:
             if job.sweep_number is None:

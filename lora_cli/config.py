@@ -14,53 +14,42 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import ConfigError, LoraError, RunError, UnknownName, UserError, nearest, printable
-from lora_cli.spec import VERBS, ClassificationSpec, EvalRun, FetchRun, InferRun, ModelSpec, TrainRun
+from lora_cli.spec import TASK_KINDS, VERBS, ModelSpec, TrainRun, nested_specs
+from lora_cli.words import prepare, take_literals
 
-__all__ = ["SAVED_GROUPS", "TASK_KINDS", "Job", "conf_dir", "explain", "group_options", "launch", "to_plain"]
+__all__ = [
+    "SAVED_GROUPS",
+    "Job",
+    "complete",
+    "conf_dir",
+    "explain",
+    "group_options",
+    "launch",
+    "to_plain",
+]
 
-Spec = TrainRun | EvalRun | InferRun | FetchRun
-
-TASK_KINDS: dict[str, type] = {"classification": ClassificationSpec}
-"""Kind of task → the dataclass that types its YAML files."""
 SAVED_GROUPS = ("task", "model")
 """Groups that eval and infer take from the saved run, as the option `_run`."""
 
-_FLAGS_WITH_VALUE = frozenset(
-    (
-        "-c",
-        "--cfg",
-        "-p",
-        "--package",
-        "-cp",
-        "--config-path",
-        "-cn",
-        "--config-name",
-        "-cd",
-        "--config-dir",
-        "-i",
-        "--info",
-    )
-)
-_FLAGS = _FLAGS_WITH_VALUE | {"-m", "--multirun", "-r", "--run", "--resolve", "--hydra-help", "-sc"}
-_FLAGS |= {"--shell-completion", "--experimental-rerun"}
-_HYDRA_ONLY = frozenset(
-    ("-cp", "--config-path", "-cn", "--config-name", "-sc", "--shell-completion", "--experimental-rerun", "-r", "--run")
-)
-"""Flags that pass through, but that a person is not pointed to."""
-_TYPE_NAMES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
-_LITERAL_KEYS = ("text", "text_pair")
-"""Keys whose value is the user's own words: never parsed by Hydra's grammar."""
-_PATH_KEYS = ("run", "input", "output", "model.path", "task.data.train", "task.data.validation", "task.data.test")
+_WANTED = {
+    "converted to Integer": "a whole number",
+    "converted to Float": "a number",
+    "not a valid bool": "true or false",
+    "is not a ListConfig": "a list, such as [a,b]",
+    "is not Optional": "needs a value, which null is not",
+}
+"""What OmegaConf says of a value → what is allowed, in our words."""
 
 
 @dataclass(frozen=True)
 class Job:
     """One point of a command: what to run and where Hydra says its files belong.
 
+    `spec` gives the checked config, or raises UserError: a bad point of a sweep is a failure of that point only.
     `directory` is None unless the user chose one with hydra.run.dir or the job is part of a sweep.
     """
 
-    spec: Any
+    spec: Callable[[], Any]
     directory: Path | None
     overrides: tuple[str, ...]
     sweep_number: int | None
@@ -89,7 +78,7 @@ def launch(
     """
     from hydra import main as hydra_main
 
-    literals, words = _take_literals(words)
+    literals, words = take_literals(words)
     _register_schemas()
     _register_user_conf()
     _register_saved(saved or {})
@@ -104,7 +93,7 @@ def launch(
             return None
 
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [f"lora {verb}", *_flags_first(words)]
+    sys.argv = [f"lora {verb}", *prepare(words, VERBS[verb])]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise where it would print and exit with 1
     try:
         hydra_main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(task_function)()
@@ -154,7 +143,7 @@ def explain(error: Exception, verb: str) -> UserError:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     groups = [name for name, nested in nested_specs(VERBS[verb]) if nested]
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return _missing_option(str(error.missing_cfg_file))
+        return _missing_option(str(error.missing_cfg_file), error.options or ())
     if isinstance(error, OverrideParseException):
         return _unreadable(error)
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
@@ -178,17 +167,17 @@ def explain(error: Exception, verb: str) -> UserError:
 def _job(cfg: Any, literals: Mapping[str, str]) -> Job:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
     hydra = HydraConfig.get()
-    spec = _validated(cfg)
-    if literals:
-        spec = dataclasses.replace(spec, **literals)
+    typed = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    assert isinstance(typed, list)
     sweeping = hydra.mode == RunMode.MULTIRUN
     directory = Path(hydra.runtime.output_dir)
     return Job(
-        spec=spec,
+        spec=lambda: dataclasses.replace(_validated(cfg), **literals),
         directory=directory if sweeping or directory != Path.cwd() else None,
-        overrides=tuple(hydra.overrides.task),
+        overrides=tuple(map(str, typed)),
         sweep_number=int(hydra.job.num) if sweeping else None,
     )
 
@@ -239,29 +228,15 @@ def _all_keys(root: type, prefix: str = "") -> list[str]:
     return list(dict.fromkeys(keys))
 
 
-def nested_specs(root: type) -> list[tuple[str, list[type]]]:
-    """Each field of a spec with the spec classes that can stand there (none for a plain value)."""
-    import typing
-
-    hints = typing.get_type_hints(root)
-    found = []
-    for field in dataclasses.fields(root):
-        candidates = [hints[field.name], *typing.get_args(hints[field.name])]
-        schemas = [hint for hint in candidates if dataclasses.is_dataclass(hint)]
-        kinds = list(TASK_KINDS.values()) if field.name == "task" and schemas else schemas
-        found.append((field.name, typing.cast("list[type]", kinds)))
-    return found
-
-
-def _missing_option(missing: str) -> UserError:
+def _missing_option(missing: str, options: Sequence[str]) -> UserError:
     group, _, name = missing.rpartition("/")
-    if name == "_run" and not any(word.startswith("run=") for word in sys.argv):
+    if name == "_run" and not any(word.startswith("run=") and word != "run=" for word in sys.argv):
         return ConfigError("run", "", "needs a value: run=FOLDER, or run=latest")
     if name == "_run":
         return ConfigError(group, "", f"a bare adapter does not say which; give {group}=NAME")
     if not group:
         return UnknownName("--config-name", name, sorted(VERBS), "config")
-    return UnknownName(group, name, group_options(group), group)
+    return UnknownName(group, name, group_options(group) or options, group)
 
 
 def _unreadable(error: Any) -> UserError:
@@ -269,14 +244,15 @@ def _unreadable(error: Any) -> UserError:
     key, equals, value = override.partition("=")
     if not equals:
         return ConfigError(printable(override), "", "overrides look like key=value")
-    return ConfigError(key, value, "cannot be read; put quotes around it: " + f"\"{key}='...'\"")
+    # Quotes around a whole list would make one text of it.
+    quoted = "['...']" if value.startswith("[") else "'...'"
+    return ConfigError(key, value, f'cannot be read; put quotes around it: "{key}={quoted}"')
 
 
 def _bad_value(error: Any) -> ConfigError:
     """A value of the wrong type, or one that points nowhere."""
     key, text = str(error.full_key or "config"), str(error).splitlines()[0]
-    kind = text.rpartition("could not be converted to ")[2]
-    wanted = _TYPE_NAMES.get(kind) or ("a list, such as [a,b]" if "is not a ListConfig" in text else text)
+    wanted = next((name for said, name in _WANTED.items() if said in text), text)
     return ConfigError(key, _value_of(error, key), wanted)
 
 
@@ -285,46 +261,6 @@ def _value_of(error: Any, key: str) -> object:
     if override is not None:
         return override.partition("=")[2]
     return getattr(error, "value", None) or ""
-
-
-def _flags_first(words: Sequence[str]) -> list[str]:
-    """Flags, then `--`, then overrides: argparse takes only one block of overrides."""
-    flags: list[str] = []
-    overrides: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        if not word.startswith("-"):
-            overrides.append(word)
-            continue
-        if word.split("=")[0] not in _FLAGS:
-            raise UserError(f"{word}: no such flag; there are {', '.join(sorted(_FLAGS - _HYDRA_ONLY))} and --help")
-        flags.append(word)
-        if word in _FLAGS_WITH_VALUE:
-            flags.append(next(rest, ""))
-    return [*flags, *(["--", *map(_quoted, overrides)] if overrides else [])]
-
-
-def _quoted(word: str) -> str:
-    """A path as one word of Hydra's grammar, in which = ( ) and blanks have a meaning."""
-    key, equals, value = word.partition("=")
-    plain = all(char.isalnum() or char in "/._-+~,*@%" for char in value)
-    if not equals or key not in _PATH_KEYS or plain or value[:1] in ("'", '"', "$") or not value:
-        return word
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{escaped}'"
-
-
-def _take_literals(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Replace what the user wrote after text= by a placeholder, so that no grammar reads it."""
-    literals: dict[str, str] = {}
-    rest = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if equals and key in _LITERAL_KEYS:
-            literals[key] = value
-            word = f"{key}=given"
-        rest.append("input='-'" if word == "-" else word)
-    return literals, rest
 
 
 def _register_schemas() -> None:
@@ -362,6 +298,8 @@ def _register_saved(saved: Mapping[str, Mapping[str, Any]]) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     for group, values in saved.items():
+        if not isinstance(values, Mapping):
+            raise RunError(f"saved config: {group}={printable(values, 40)} is no mapping of keys")
         if group == "task" and values.get("kind") not in TASK_KINDS:
             raise RunError(
                 f"saved config: task.kind={printable(values.get('kind'))} is none of {', '.join(TASK_KINDS)}"

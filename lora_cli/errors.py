@@ -32,7 +32,8 @@ __all__ = [
 ]
 
 _MAX_NAMES = 12
-"""Names listed in a message; more would not fit on the one line a person reads."""
+_MAX_LISTED = 165
+"""Names, and characters of them, listed in a message; more would not fit on the one line a person reads."""
 
 
 class LoraError(Exception):
@@ -126,6 +127,10 @@ def printable(value: object, limit: int = 120) -> str:
 def _listed(options: Sequence[str]) -> str:
     if not options:
         return "none"
-    names = [printable(option, 60) for option in options[:_MAX_NAMES]]
+    names: list[str] = []
+    for option in options[:_MAX_NAMES]:
+        names.append(printable(option, 60))
+        if len(", ".join(names)) > _MAX_LISTED:
+            break
     rest = len(options) - len(names)
     return ", ".join(names) + (f" and {rest} more" if rest else "")

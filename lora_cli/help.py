@@ -52,7 +52,7 @@ def print_verb(verb: str) -> None:
     """The groups, keys, types, defaults and help of one verb, section by section."""
     schema = spec.VERBS[verb]
     print(f"lora {verb}: {_verb_line(schema)}\n\nusage: lora {verb} [key=value ...] [flags]\n\n{_FLAGS}")
-    groups = [name for name, nested in config.nested_specs(schema) if nested]
+    groups = [name for name, nested in spec.nested_specs(schema) if nested]
     print(_strong("groups") + "  (group=option)")
     for group in groups:
         options = ", ".join(config.group_options(group))
@@ -68,7 +68,7 @@ def print_verb(verb: str) -> None:
 
 def keys_of(schema: type) -> Iterator[Key]:
     """Every key of a verb's config, root keys first, in the order they are written in spec.py."""
-    nested = dict(config.nested_specs(schema))
+    nested = dict(spec.nested_specs(schema))
     yield from (_key("", "", field, schema) for field in dataclasses.fields(schema) if not nested[field.name])
     for name, schemas in nested.items():
         for inner in schemas:
@@ -76,7 +76,7 @@ def keys_of(schema: type) -> Iterator[Key]:
 
 
 def _section(section: str, prefix: str, schema: type) -> Iterator[Key]:
-    for field, (_, nested) in zip(dataclasses.fields(schema), config.nested_specs(schema), strict=True):
+    for field, (_, nested) in zip(dataclasses.fields(schema), spec.nested_specs(schema), strict=True):
         if nested:
             for inner in nested:
                 yield from _section(section, f"{prefix}{field.name}.", inner)
@@ -86,7 +86,8 @@ def _section(section: str, prefix: str, schema: type) -> Iterator[Key]:
 
 def _key(section: str, prefix: str, field: dataclasses.Field[object], schema: type) -> Key:
     help_text = next(text[field.name] for base in schema.__mro__ if field.name in (text := _field_help(base)))
-    return Key(section, prefix + field.name, str(field.type), _default(field), help_text)
+    # Python's None is null where a person writes it.
+    return Key(section, prefix + field.name, str(field.type), _default(field), help_text.replace("None:", "null:"))
 
 
 def _default(field: dataclasses.Field[object]) -> str:
@@ -126,7 +127,7 @@ def _verb_line(schema: type) -> str:
 
 def _wrapped(left: str, text: str) -> str:
     width = max(shutil.get_terminal_size((110, 24)).columns, 90)
-    lines = textwrap.wrap(text, max(width - len(left), 30)) or [""]
+    lines = textwrap.wrap(text, max(width - len(left), 30), break_on_hyphens=False) or [""]
     return left + ("\n" + " " * len(left)).join(lines)
 
 

@@ -97,7 +97,9 @@ def require_network(what: str, hint: str) -> None:
         raise UserError(f"{missing}, and there is no connection to {host}; {hint}")
 
 
-def fetch_model(hub_id: str, revision: str | None = None, *, code: bool = False, hint: str | None = None) -> Path:
+def fetch_model(
+    hub_id: str, revision: str | None = None, *, code: bool = False, hint: str = "give model.path=FOLDER"
+) -> Path:
     """A folder with the hub model's config, tokenizer and safetensors weights: the cache's, else downloaded.
 
     `code` also takes the Python files of a checkpoint that brings its own architecture.
@@ -114,7 +116,7 @@ def fetch_model(hub_id: str, revision: str | None = None, *, code: bool = False,
     if cached:
         return cached
     name = hub_id if revision is None else f"{hub_id} ({revision})"
-    require_network(f"model {name}", hint or "fetch it elsewhere (hf download) and give model.path=FOLDER")
+    require_network(f"model {name}", hint)
     with _explained(hub_id, revision):
         # "*/*": only what lies at the top, not a second copy in onnx/ or openvino/.
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.engine.device import Device, open_device
-from lora_cli.errors import DataError, RunError
+from lora_cli.errors import AdapterError, DataError, RunError, printable
 from lora_cli.models import load_base
 from lora_cli.nn import fingerprint, load_adapter, read_adapter
 from lora_cli.runs.directory import RunDirectory
@@ -54,6 +54,9 @@ def open_saved(spec: EvalRun | InferRun) -> Saved:
     adapter = read_adapter(path if folder is None else folder.adapter)
     assert isinstance(spec.task, ClassificationSpec)
     labels = facts.get("labels") or adapter.extra.get("labels")
+    if labels and spec.task.labels is not None and list(spec.task.labels) != list(labels):
+        known = printable(", ".join(labels))
+        raise AdapterError(f"{path}: task.labels={printable(spec.task.labels, 60)}, but it was trained with {known}")
     task = build_task(spec.task, labels)
     if task.labels is None and not spec.task.regression:
         raise DataError(path, "the adapter does not say its labels; give task.labels=[first,second,...]")

@@ -89,8 +89,9 @@ class Screen:
         self._out.print(table)
 
     def line(self, text: str) -> None:
-        """A line of result on stdout."""
-        self._out.print(escape(printable(text, 1000)))
+        """Lines of result on stdout."""
+        for line in text.splitlines():
+            self._out.print(escape(printable(line, 1000)))
 
 
 def significant(value: float | None, digits: int = 3) -> str:

@@ -66,6 +66,8 @@ def _find_on_hub(hub_id: str, spec: ModelSpec, hint: str | None = None) -> Sourc
     mirrored = hub.mirror_model(hub_id)
     if mirrored:
         return Source(folder=mirrored, text="local mirror", base_name=hub_id, revision=spec.revision)
+    chosen = f"model.path={spec.path}" if spec.path else f"model={spec.name}"
+    hint = hint or f"run lora fetch {chosen} where there is a network, set LORA_HUB_ROOT, or give model.path=FOLDER"
     folder = hub.fetch_model(hub_id, spec.revision, code=spec.trust_remote_code, hint=hint)
     # The cache's folders are named by commit, which is more exact than the branch that was asked for.
     return Source(folder=folder, text="hub cache", base_name=hub_id, revision=folder.name)

@@ -6,7 +6,9 @@ Knows nothing of Hydra, torch or files. A value is checked here once and trusted
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +22,7 @@ __all__ = [
     "SCALINGS",
     "SCHEDULES",
     "SPLITS",
+    "TASK_KINDS",
     "TRACKERS",
     "VARIANTS",
     "VERBS",
@@ -35,6 +38,7 @@ __all__ = [
     "TrackerSpec",
     "TrainRun",
     "TrainSpec",
+    "nested_specs",
 ]
 
 SPLITS = ("train", "validation", "test")
@@ -408,7 +412,7 @@ class InferRun:
     def __post_init__(self) -> None:
         _at_least("batch_size", self.batch_size, 1, optional=True)
         if (self.text is None) == (self.input is None):
-            raise ConfigError("text", self.text, 'give one of text="..." and input=FILE (or input=- to read lines)')
+            raise ConfigError("text", "", 'give one of text="..." and input=FILE (or input=- to read lines)')
         if self.text_pair is not None and self.text is None:
             raise ConfigError("text_pair", self.text_pair, "goes with text=")
 
@@ -424,11 +428,27 @@ class FetchRun:
 
     def __post_init__(self) -> None:
         if self.task is None and self.model is None:
-            raise ConfigError("model", None, "give model=NAME, task=NAME or both")
+            raise ConfigError("model", "", "give model=NAME, task=NAME or both")
 
 
 VERBS: dict[str, type] = {"train": TrainRun, "eval": EvalRun, "infer": InferRun, "fetch": FetchRun}
 """Verb → the dataclass of its config; the first line of its docstring is its help."""
+
+
+TASK_KINDS: dict[str, type] = {"classification": ClassificationSpec}
+"""Kind of task → the dataclass that types its YAML files."""
+
+
+def nested_specs(root: type) -> list[tuple[str, list[type]]]:
+    """Each field of a spec with the spec classes that can stand there (none for a plain value)."""
+    hints = typing.get_type_hints(root)
+    found = []
+    for each in dataclasses.fields(root):
+        candidates = [hints[each.name], *typing.get_args(hints[each.name])]
+        schemas = [hint for hint in candidates if dataclasses.is_dataclass(hint)]
+        kinds = list(TASK_KINDS.values()) if each.name == "task" and schemas else schemas
+        found.append((each.name, typing.cast("list[type]", kinds)))
+    return found
 
 
 def _one_of(key: str, value: str, options: Iterable[str], what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 from lora_cli.errors import ConfigError
 from lora_cli.spec import TrackerSpec
 
-__all__ = ["Tracker", "open_tracker"]
+__all__ = ["Tracker", "check_tracker", "open_tracker"]
 
 
 class Tracker(Protocol):
@@ -79,15 +80,16 @@ _TRACKERS: dict[str, Callable[[TrackerSpec, Path, Mapping[str, Any]], Tracker]] 
 }
 
 
-def open_tracker(spec: TrackerSpec, folder: Path, config: Mapping[str, Any]) -> Tracker:
-    """The tracker that `spec` names, recording the run in `folder`.
+def check_tracker(spec: TrackerSpec) -> None:
+    """Find out before anything is trained that the tracker's package is missing.
 
     Raises:
-        ConfigError: its package is not installed.
+        ConfigError: it is not installed.
     """
-    if spec.name == "none":
-        return _Nothing()
-    try:
-        return _TRACKERS[spec.name](spec, folder, config)
-    except ModuleNotFoundError as error:
-        raise ConfigError("tracker", spec.name, f"needs a package: pip install 'lora-cli[{spec.name}]'") from error
+    if spec.name != "none" and importlib.util.find_spec(spec.name) is None:
+        raise ConfigError("tracker", spec.name, f"needs a package: pip install 'lora-cli[{spec.name}]'")
+
+
+def open_tracker(spec: TrackerSpec, folder: Path, config: Mapping[str, Any]) -> Tracker:
+    """The tracker that `spec` names, recording the run in `folder`."""
+    return _Nothing() if spec.name == "none" else _TRACKERS[spec.name](spec, folder, config)

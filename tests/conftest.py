@@ -1,11 +1,12 @@
-"""What several tests need: the data mirror, a scratch folder to work in, the real command line."""
+"""What several tests need: the data mirror, a scratch folder to work in, the command line in this process and out."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 Completed = subprocess.CompletedProcess[str]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command line did."""
+
+    code: int
+    out: str
+    err: str
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,3 +64,43 @@ def lora() -> Callable[..., Completed]:
         )
 
     return run
+
+
+@pytest.fixture
+def call(scratch: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Answer]]:
+    """Run the command line in this process, in an empty current directory: call("train", "lora.r=4")."""
+    from hydra.core.config_store import ConfigStore
+
+    from lora_cli.cli import main
+
+    def run(*words: str) -> Answer:
+        capsys.readouterr()
+        code = main(words)
+        return Answer(code, *capsys.readouterr())
+
+    yield run
+    for group in ("task", "model"):
+        ConfigStore.instance().repo.get(group, {}).pop("_run.yaml", None)
+
+
+@pytest.fixture
+def refused(call: Callable[..., Answer], scratch: Path) -> Callable[..., str]:
+    """Run a command line that must be refused in one line, with nothing written; returns the line."""
+
+    def run(*words: str) -> str:
+        answer = call(*words)
+        assert answer.code == 2, answer
+        check_refusal(answer.out, answer.err, scratch)
+        return answer.err.strip()
+
+    return run
+
+
+def check_refusal(out: str, err: str, folder: Path) -> None:
+    """One line of at most 300 characters on stderr, none on stdout, and no run."""
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    assert len(err) <= 301, err
+    assert "Traceback" not in err
+    assert "\x1b" not in err
+    assert not (folder / "runs").exists()

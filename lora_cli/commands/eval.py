@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_cli.errors import ConfigError
 from lora_cli.runs.directory import write_json, write_jsonl
 from lora_cli.screen import Screen
 from lora_cli.spec import EvalRun
@@ -24,6 +25,8 @@ def run(spec: EvalRun, *, directory: Path | None = None, overrides: Sequence[str
     from lora_cli.engine.evaluate import evaluate
     from lora_cli.saved import open_saved
 
+    if spec.output is not None and Path(spec.output).is_file():
+        raise ConfigError("output", spec.output, "is a file; give a folder")
     screen, split = Screen(), spec.task.split
     saved = open_saved(spec)
     rows = load_splits(

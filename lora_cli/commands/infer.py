@@ -100,4 +100,10 @@ def _answers(saved: Saved, chunk: Sequence[Row]) -> Iterator[dict[str, Any]]:
     for indices, logits, _ in batches:
         answers.update(zip(indices, saved.task.decode(logits), strict=True))
     for index, (_, row) in enumerate(chunk):
-        yield {column: row[column] for column in saved.task.columns} | answers[index]
+        yield {column: row[column] for column in saved.task.columns} | _rounded(answers[index])
+
+
+def _rounded(answer: dict[str, Any]) -> dict[str, Any]:
+    """Probabilities to six digits: more is noise, and hard to read."""
+    found = answer.get("probabilities")
+    return answer if found is None else answer | {"probabilities": {name: round(p, 6) for name, p in found.items()}}

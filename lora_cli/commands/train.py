@@ -18,7 +18,7 @@ from lora_cli.runs.report import model_card
 from lora_cli.screen import Screen, count
 from lora_cli.spec import TaskSpec, TrainRun
 from lora_cli.tasks import Classification, Rows, build_task, load_splits, overlap, repeats
-from lora_cli.trackers import Tracker, open_tracker
+from lora_cli.trackers import Tracker, check_tracker, open_tracker
 
 if TYPE_CHECKING:
     from lora_cli.engine.checkpoint import Checkpoint, Progress
@@ -39,9 +39,12 @@ def run(spec: TrainRun, *, directory: Path | None = None, overrides: Sequence[st
         TrainingFailure: the training cannot go on; its checkpoints stay.
     """
     started, screen, config = time.perf_counter(), Screen(), to_plain(spec)
+    check_tracker(spec.tracker)
     kept = run_of(config, directory) if spec.resume == "auto" else None
     if kept is not None and kept.facts()["status"] == "finished":
         return _report(screen, kept, kept.facts()["metrics"], spec.task)
+    if kept is None and directory is not None:
+        RunDirectory.check_free(directory)
     task = build_task(spec.task)
     rows = _load_rows(spec, task, screen)
 
@@ -53,21 +56,22 @@ def run(spec: TrainRun, *, directory: Path | None = None, overrides: Sequence[st
     _show(screen, experiment)
     experiment.rehearse()
     folder = kept or RunDirectory.create(config, directory=directory, overrides=overrides)
-    folder.update(status="running", **experiment.facts())
-    with atomic_folder(folder.tokenizer) as temporary:
-        save_tokenizer(experiment.base.tokenizer, temporary)
-    identity = {"configuration": folder.facts()["signature"], **experiment.identity}
-    resume = checkpoint.load_newest(folder.checkpoints, identity=identity)
-    folder.cut_metrics(resume.progress.step if resume else 0)
-    if resume is not None:
-        screen.fact("resumes", f"{folder.path} from step {resume.progress.step}")
-    with _recording(folder, screen, spec, identity) as recorder:
-        outcome = experiment.train(recorder, resume)
-    experiment.save(folder.adapter)
-    metrics = {split: _score(experiment, split, folder, screen) for split in _scored_splits(spec)}
-    folder.update(metrics=metrics, steps=outcome.progress.step, best_step=outcome.progress.best_step)
-    write_atomic(folder.adapter / "README.md", model_card(config, folder.facts(), overrides))
-    folder.finish(cost={**experiment.cost(outcome.progress), "wall_s": time.perf_counter() - started})
+    with folder.held():
+        folder.update(status="running", **experiment.facts())
+        with atomic_folder(folder.tokenizer) as temporary:
+            save_tokenizer(experiment.base.tokenizer, temporary)
+        identity = {"configuration": folder.facts()["signature"], **experiment.identity}
+        resume = checkpoint.load_newest(folder.checkpoints, identity=identity)
+        folder.cut_metrics(resume.progress.step if resume else 0)
+        if resume is not None:
+            screen.fact("resumes", f"{folder.path} from step {resume.progress.step}")
+        with _recording(folder, screen, spec, identity) as recorder:
+            outcome = experiment.train(recorder, resume)
+        experiment.save(folder.adapter)
+        metrics = {split: _score(experiment, split, folder, screen) for split in _scored_splits(spec)}
+        folder.update(metrics=metrics, steps=outcome.progress.step, best_step=outcome.progress.best_step)
+        write_atomic(folder.adapter / "README.md", model_card(config, folder.facts(), overrides))
+        folder.finish(cost={**experiment.cost(outcome.progress), "wall_s": time.perf_counter() - started})
     return _report(screen, folder, metrics, spec.task)
 
 
@@ -77,6 +81,8 @@ def _load_rows(spec: TrainRun, task: Classification, screen: Screen) -> dict[str
     seed = spec.seed if spec.train.data_seed is None else spec.train.data_seed
     rows = load_splits(spec.task.data, needed, label=task.spec.label, regression=task.spec.regression, seed=seed)
     task.fit_labels(rows["train"])
+    for found in rows.values():
+        task.check(found)
     if again := repeats(rows["train"], task.columns):
         screen.warning(f"{again:,} of {len(rows['train']):,} train rows stand there more than once")
     for split in needed[1:]:
@@ -115,7 +121,7 @@ class _Recording:
 
     def scored(self, step: int, metrics: Metrics, *, best: bool) -> None:
         self._screen.scored(step, metrics, best=best)
-        self._folder.log(f"step {step}: {dict(metrics)}")
+        self._folder.log(f"step {step}: " + ", ".join(f"{name} {value}" for name, value in metrics.items()))
 
     def progress(self, progress: Progress, total: int, loss: float, lr: float) -> None:
         left = progress.train_s / progress.step * (total - progress.step)
@@ -158,7 +164,7 @@ def _show(screen: Screen, experiment: Experiment) -> None:
     screen.fact("model", f"{base.base_name} ({base.family}, from {base.source})")
     screen.fact("device", f"{experiment.device} ({experiment.device.reason})")
     table = [
-        (row.pattern, len(row.modules), "/".join(map(str, sorted(set(row.ranks)))), row.num_parameters)
+        (_layers(row.pattern, row.modules), len(row.modules), _ranks(row.ranks), row.num_parameters)
         for row in injection.rows
     ]
     for name in injection.trained_whole:
@@ -171,8 +177,18 @@ def _show(screen: Screen, experiment: Experiment) -> None:
     screen.fact("in all", f"{trainable} of {total} parameters train ({share:.2%}); weights take {memory:,.0f} MiB")
 
 
+def _layers(pattern: str, modules: Sequence[str]) -> str:
+    """An entry of lora.targets, with the names it stands for."""
+    names = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
+    return pattern if names == [pattern] else f"{pattern}: {', '.join(names)}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return "/".join(map(str, sorted(set(ranks))))
+
+
 def _report(screen: Screen, folder: RunDirectory, metrics: Mapping[str, Metrics], task: TaskSpec) -> float | None:
     """The last lines: results, where they are, what to type next."""
     screen.results(metrics)
-    screen.line(f'{folder.path}      lora eval run=latest      lora infer run=latest text="…"')
+    screen.line(f'{folder.path}\nnext: lora eval run=latest · lora infer run=latest text="…"')
     return metrics[task.split][task.metrics[0]]

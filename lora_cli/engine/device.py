@@ -70,7 +70,8 @@ class Device:
             torch.cuda.synchronize(self.device)
 
     def __str__(self) -> str:
-        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        number = torch.get_num_threads()
+        threads = f", {number} thread{'s' * (number != 1)}" if self.device.type == "cpu" else ""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return f"{name}, {self.precision}{threads}"
 

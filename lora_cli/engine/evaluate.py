@@ -10,7 +10,7 @@ import torch
 from lora_cli.engine.batches import by_length
 from lora_cli.engine.device import Device
 
-__all__ = ["Example", "Scorer", "Task", "evaluate", "forward", "rehearse"]
+__all__ = ["Example", "Scorer", "Task", "evaluate", "forward", "predict", "rehearse"]
 
 
 class Example(Protocol):

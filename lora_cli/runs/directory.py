@@ -10,6 +10,7 @@ What is read back is data from outside: plain values only, of bounded size, noth
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -30,8 +31,10 @@ __all__ = [
     "FORMAT",
     "RunDirectory",
     "atomic_folder",
+    "point_latest",
     "read_json",
     "read_saved_config",
+    "result_keys",
     "signature",
     "write_atomic",
     "write_json",
@@ -64,8 +67,7 @@ class RunDirectory:
             RunError: `directory` already holds a run, or a file is in the way.
         """
         path = directory if directory is not None else _free_name(Path("runs") / _name(config))
-        if (path / "run.json").exists():
-            raise RunError(f"{path}: holds a run already; choose another hydra.run.dir, or resume=auto to continue it")
+        cls.check_free(path)
         with _explained(path):
             path.mkdir(parents=True, exist_ok=True)
             write_atomic(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
@@ -73,6 +75,32 @@ class RunDirectory:
         run = cls(path)
         run.update(format=FORMAT, status="running", signature=signature(config), started=_now())
         return run
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Refuse a folder that cannot become a run's.
+
+        Raises:
+            RunError: it holds a run already, or a file is in the way.
+        """
+        if (path / "run.json").exists():
+            raise RunError(f"{path}: holds a run already; choose another hydra.run.dir, or resume=auto to continue it")
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path}: a file is in the way of the run folder")
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from training in this folder; the lock dies with its process.
+
+        Raises:
+            RunError: another process holds it.
+        """
+        with (self.path / ".lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{self.path}: in use by another process; wait, or choose another folder") from None
+            yield
 
     def update(self, **facts: Any) -> None:
         """Merge `facts` into run.json."""
@@ -124,8 +152,12 @@ class RunDirectory:
 
 def signature(config: Mapping[str, Any]) -> str:
     """Eight hex digits of the keys that change results: equal for equal experiments."""
-    flat = {key: value for key, value in _flatten(config) if not key.startswith(_NOT_IN_SIGNATURE)}
-    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(result_keys(config), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def result_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config that change results, by dotted name."""
+    return {key: value for key, value in _flatten(config) if not key.startswith(_NOT_IN_SIGNATURE)}
 
 
 def read_saved_config(path: Path) -> dict[str, Any]:

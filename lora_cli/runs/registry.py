@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import RunError, UnknownName
-from lora_cli.runs.directory import RunDirectory, read_json, read_saved_config, signature
+from lora_cli.runs.directory import RunDirectory, read_json, read_saved_config, result_keys, signature
 
 __all__ = ["find_run", "is_bare_adapter", "run_of"]
 
@@ -25,16 +25,18 @@ def find_run(name: str) -> Path:
         latest = _ROOT / "latest"
         if not latest.exists():
             raise RunError("run=latest: no finished run under runs/ yet; lora train makes one")
-        return latest.resolve()
+        return _from_here(latest)
     path = Path(name)
     if path.is_dir():
         if not (path / "run.json").exists() and not is_bare_adapter(path):
             raise RunError(f"{name}: neither a run (run.json) nor an adapter (adapter_config.json) is in this folder")
         return path
-    runs = sorted(file.parent for file in _ROOT.glob("**/run.json") if "latest" not in file.parts)
-    found = [run for run in runs if run.name.startswith(name)]
+    # A sweep's jobs are named by the sweep and their number, such as 2026-11-22_sweep/3.
+    runs = {file.parent.relative_to(_ROOT).as_posix(): file.parent for file in sorted(_ROOT.glob("**/run.json"))}
+    runs = {own: run for own, run in runs.items() if run.parts[1] != "latest"}
+    found = [run for own, run in runs.items() if own.startswith(name)]
     if not found:
-        raise UnknownName("run", name, ["latest", *(run.name for run in runs)], "run")
+        raise UnknownName("run", name, ["latest", *runs], "run")
     if len(found) > 1:
         raise RunError(f"run={name}: fits {len(found)} runs: {', '.join(run.name for run in found[:4])}")
     return found[0]
@@ -65,8 +67,12 @@ def run_of(config: Mapping[str, Any], directory: Path | None) -> RunDirectory | 
     return RunDirectory(max(found, key=lambda path: (path.name[:10], len(path.name), path.name))) if found else None
 
 
-def _differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    from lora_cli.runs.directory import _flatten
+def _from_here(path: Path) -> Path:
+    """The folder that a link leads to, as seen from the current directory if it lies below."""
+    target, here = path.resolve(), Path.cwd().resolve()
+    return target.relative_to(here) if target.is_relative_to(here) else target
 
-    left, right = dict(_flatten(ours)), dict(_flatten(theirs))
+
+def _differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    left, right = result_keys(ours), result_keys(theirs)
     return sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))

@@ -46,8 +46,8 @@ def model_card(config: Mapping[str, Any], facts: Mapping[str, Any], overrides: S
         "",
         f"# {_cell(task['name'])} on {_cell(facts['base']['name'])}",
         "",
-        f"A low-rank adapter made by lora {facts['versions']['lora']}. It fits this base model only"
-        f" (fingerprint `{facts['base']['fingerprint'][:16]}`).",
+        f"A low-rank adapter made by lora {facts['versions']['lora']}. It fits this base model only:",
+        f"fingerprint `{facts['base']['fingerprint'][:16]}`.",
         "",
         "| split | metric | value |",
         "|---|---|---|",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import ConfigError, DataError
 from lora_cli.spec import ClassificationSpec
-from lora_cli.tasks.encoding import Encoded, Example, columns_of, encode_rows
+from lora_cli.tasks.encoding import Encoded, Example, columns_of, encode_rows, text_cells
 from lora_cli.tasks.labels import label_cells, label_ids, label_names, label_numbers
 from lora_cli.tasks.rows import Rows
 from lora_cli.tasks.scoring import Scorer
@@ -70,16 +70,22 @@ class Classification:
                 rows.source, f"all {len(rows)} training rows have the label '{cells[0]}'; wanted two or more"
             )
 
-    def encode(self, rows: Rows, tokenizer: Any) -> Encoded:
-        """Examples with labels. The tokenizer's pad id is remembered for `collate`.
+    def check(self, rows: Rows) -> None:
+        """Refuse rows that `encode` would refuse, before there is a tokenizer.
 
         Raises:
             DataError: a column is missing, or a cell cannot be used; names the row.
         """
-        if self.spec.regression:
-            return self._encoded(rows, tokenizer, label_numbers(rows, self.spec.label))
-        assert self.labels is not None, "labels are unknown before fit_labels"
-        return self._encoded(rows, tokenizer, label_ids(label_cells(rows, self.spec.label), self.labels, rows))
+        text_cells(rows, [*self.spec.text, *self.spec.choices])
+        self._label_values(rows)
+
+    def encode(self, rows: Rows, tokenizer: Any) -> Encoded:
+        """Examples with labels. The tokenizer's pad id is remembered for `collate`.
+
+        Raises:
+            DataError: as `check`.
+        """
+        return self._encoded(rows, tokenizer, self._label_values(rows))
 
     def encode_texts(self, rows: Sequence[dict[str, Any]] | Rows, tokenizer: Any, *, source: str = "input") -> Encoded:
         """Examples without labels, for prediction. `source` stands in messages for the place of plain dicts."""
@@ -131,6 +137,12 @@ class Classification:
             {"label": self.labels[best], "probabilities": dict(zip(self.labels, row, strict=True))}
             for best, row in zip(rows.argmax(-1).tolist(), rows.tolist(), strict=True)
         ]
+
+    def _label_values(self, rows: Rows) -> Sequence[int | float]:
+        if self.spec.regression:
+            return label_numbers(rows, self.spec.label)
+        assert self.labels is not None, "labels are unknown before fit_labels"
+        return label_ids(label_cells(rows, self.spec.label), self.labels, rows)
 
     def _encoded(self, rows: Rows, tokenizer: Any, labels: Sequence[int | float | None]) -> Encoded:
         self._pad_token_id = tokenizer.pad_token_id

@@ -10,7 +10,7 @@ from typing import Any
 from lora_cli.errors import DataError, ModelError, printable
 from lora_cli.tasks.rows import Rows, unknown
 
-__all__ = ["Encoded", "Example", "columns_of", "encode_rows"]
+__all__ = ["Encoded", "Example", "columns_of", "encode_rows", "text_cells"]
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -74,7 +74,7 @@ def encode_rows(
     if not tokenizer.is_fast:
         raise ModelError(f"{type(tokenizer).__name__}: only fast tokenizers (tokenizer.json) can be used")
     max_length = min(max_length, tokenizer.model_max_length)
-    cells = _text_cells(rows, [*text, *choices])
+    cells = text_cells(rows, [*text, *choices])
     limit = max_length * _CHARACTERS_PER_TOKEN
     pairs = [pair for row in cells for pair in _pairs([cell[:limit] for cell in row], len(choices))]
     firsts = [first for first, _ in pairs]
@@ -106,8 +106,12 @@ def _pairs(cells: Sequence[str], num_choices: int) -> list[tuple[str, str | None
     return [(context, choice) for choice in cells[-num_choices:]]
 
 
-def _text_cells(rows: Rows, entries: Sequence[str]) -> list[list[str]]:
-    """Text of every entry in every row."""
+def text_cells(rows: Rows, entries: Sequence[str]) -> list[list[str]]:
+    """Text of every entry in every row.
+
+    Raises:
+        DataError: a column is missing, or a cell is no text; names the row.
+    """
     columns = [column for entry in entries for column in columns_of(entry)]
     for column in columns:
         if column not in rows.columns:

@@ -98,12 +98,12 @@ class _Source:
         return self._data.splits.get(split, split)
 
     def _missing(self, split: str) -> DataError:
-        if self._files and not (self._set or self._hub):
-            return DataError(
-                ", ".join(map(shown, self._files.values())),
-                f"no {split} rows are given: task.data.{split}=FILE is missing",
-            )
+        only_files = not (self._set or self._hub)
         where = self._data.embedded or f"{self._data.hub} ({self._data.config})"
+        if only_files:
+            where = ", ".join(map(shown, self._files.values()))
+        if only_files and split in SPLITS:
+            return DataError(where, f"no {split} rows are given: task.data.{split}=FILE is missing")
         return unknown(where, "split", self._theirs(split), {**self._files, **self._set, **self._hub})
 
     def _with_labels(self, rows: Rows) -> Rows:
@@ -169,7 +169,7 @@ def _from_hub(data: DataSpec) -> dict[str, Any]:
     except (OSError, ValueError):
         pass
     what = f"data set {data.hub} ({data.config})"
-    hub.require_network(what, "fetch it where there is a network (lora fetch task=...), or set LORA_HUB_ROOT")
+    hub.require_network(what, "fetch it where there is a network (lora fetch task=NAME), or set LORA_HUB_ROOT")
     try:
         return dict(datasets.load_dataset(data.hub, data.config, revision=data.revision))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -182,7 +182,11 @@ def _held_out(train: Rows, share: float, label: str | None, seed: int) -> dict[s
     candidates = [index for stratum in strata for index in stratum[1:]]
     count = min(max(1, round(share * len(train))), len(candidates))
     if not count:
-        raise DataError(train.source, "too few rows to hold out some for validation; give task.data.validation=FILE")
+        why = "too few rows" if label is None else f"no value of '{printable(label, 40)}' occurs twice"
+        hint = "" if label is None else ", or for numbers to predict, set task.regression=true"
+        raise DataError(
+            train.source, f"{why}, so none can be held out for validation; give task.data.validation=FILE{hint}"
+        )
     drawn = set(_spread(candidates, count))
     return {
         "train": train.select(index for index in range(len(train)) if index not in drawn),

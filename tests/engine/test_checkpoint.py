@@ -76,9 +76,13 @@ def test_a_garbled_manifest_is_no_checkpoint(tmp_path_factory: pytest.TempPathFa
 
 
 def test_a_checkpoint_half_written_has_no_name(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="no space"), atomic_folder(tmp_path / "step-000004") as folder:
-        (folder / "state.json").write_text("{}")
-        raise OSError("no space")
+    def write() -> None:
+        with atomic_folder(tmp_path / "step-000004") as folder:
+            (folder / "state.json").write_text("{}")
+            raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        write()
     assert list(tmp_path.iterdir()) == []
 
 

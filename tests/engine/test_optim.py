@@ -1,6 +1,7 @@
 """Schedules against their textbook shapes, AdamW's groups against what was asked."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -28,9 +29,9 @@ def test_warmup_rises_to_the_peak_and_wastes_no_step(schedule) -> None:
     spec = TrainSpec(schedule=schedule, warmup=0.1)
     rates = [rate(step, 100, spec) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 11)
-    assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
+    assert all(a < b for a, b in pairwise(rates[:11]))
     assert rates[10] == 1.0
-    assert all(a >= b > 0 for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b > 0 for a, b in pairwise(rates[10:]))
 
 
 def test_groups_keep_their_own_rate_and_decay() -> None:

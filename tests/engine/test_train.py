@@ -123,7 +123,7 @@ def test_a_frozen_tensor_that_moves_is_an_error(model: Bag) -> None:
             return super().loss(logits, batch)
 
     device = open_device(DeviceSpec(name="cpu"))
-    with pytest.raises(TrainingFailure, match="embedding.weight is frozen but changed"):
+    with pytest.raises(TrainingFailure, match=r"embedding\.weight is frozen but changed"):
         train(
             model,
             Careless(),

@@ -1,0 +1,103 @@
+"""The words of a command line, made fit for Hydra's parser and grammar. Knows neither Hydra nor what the keys mean."""
+
+from __future__ import annotations
+
+import os
+import re
+import typing
+from collections.abc import Iterator, Sequence
+
+from lora_cli.errors import ConfigError, UserError
+from lora_cli.spec import nested_specs
+
+__all__ = ["prepare", "take_literals"]
+
+_FLAGS_WITH_VALUE = frozenset(
+    f"-{short}" for short in ("c", "p", "cp", "cn", "cd", "i", "-cfg", "-package", "-config-path", "-config-name")
+) | {"--config-dir", "--info"}
+_FLAG_VALUES = dict.fromkeys(("-c", "--cfg"), ("job", "hydra", "all"))
+_FLAGS = _FLAGS_WITH_VALUE | {"-m", "--multirun", "-r", "--run", "--resolve", "--hydra-help", "-sc"}
+_FLAGS |= {"--shell-completion", "--experimental-rerun"}
+_HYDRA_ONLY = frozenset(
+    ("-cp", "--config-path", "-cn", "--config-name", "-sc", "--shell-completion", "--experimental-rerun", "-r", "--run")
+)
+"""Flags that pass through, but that a person is not pointed to."""
+_LITERAL_KEYS = ("text", "text_pair")
+"""Keys whose value is the user's own words: never parsed by Hydra's grammar."""
+_PATH_KEYS = frozenset(("run", "input", "output", "model.path", "hydra.run.dir", "hydra.sweep.dir"))
+_PATH_KEYS |= {"task.data.train", "task.data.validation", "task.data.test"}
+
+
+def prepare(words: Sequence[str], root: type) -> list[str]:
+    """`words` of a verb with the config `root` as Hydra takes them: flags, then `--`, then overrides.
+
+    Raises:
+        UserError: a flag that does not exist, or lacks its value.
+    """
+    return _flags_first(_opened(words, root))
+
+
+def take_literals(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Replace what the user wrote after text= by a placeholder, so that no grammar reads it."""
+    literals: dict[str, str] = {}
+    rest = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in _LITERAL_KEYS:
+            literals[key] = value
+            word = f"{key}=given"
+        rest.append("input='-'" if word == "-" else word)
+    return literals, rest
+
+
+def _flags_first(words: Sequence[str]) -> list[str]:
+    """Flags, then `--`, then overrides: argparse takes only one block of overrides."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        if word.split("=")[0] not in _FLAGS:
+            raise UserError(f"{word}: no such flag; there are {', '.join(sorted(_FLAGS - _HYDRA_ONLY))} and --help")
+        flags.append(word)
+        if word in _FLAGS_WITH_VALUE:
+            flags.append(next(rest, ""))
+            options = _FLAG_VALUES.get(word)
+            if not flags[-1] or (options and flags[-1] not in options):
+                allowed = f"one of {', '.join(options)}" if options else "needs a value"
+                raise ConfigError(word, flags[-1], allowed)
+    sweeping = not {"-m", "--multirun"}.isdisjoint(flags)
+    return [*flags, *(["--", *(_quoted(word, sweeping) for word in overrides)] if overrides else [])]
+
+
+def _opened(words: Sequence[str], root: type) -> list[str]:
+    """Let a table take keys of the user's own, for which Hydra wants ++lora.rank_pattern={query:4}."""
+    tables = tuple(_table_keys(root))
+    return [f"++{word}" if word.startswith(tables) else word for word in words]
+
+
+def _table_keys(root: type, prefix: str = "") -> Iterator[str]:
+    """How overrides of a key that holds a dict begin: "lora.rank_pattern=", "lora.rank_pattern."."""
+    hints = typing.get_type_hints(root)
+    for name, nested in nested_specs(root):
+        if any(typing.get_origin(hint) is dict for hint in (hints[name], *typing.get_args(hints[name]))):
+            yield from (f"{prefix}{name}=", f"{prefix}{name}.")
+        for schema in nested:
+            yield from _table_keys(schema, f"{prefix}{name}.")
+
+
+def _quoted(word: str, sweeping: bool) -> str:
+    """A path as one word of Hydra's grammar, in which = ( ) and blanks have a meaning, and commas when sweeping."""
+    key, equals, value = word.partition("=")
+    if key in _PATH_KEYS and value.startswith("~"):
+        # No shell does it behind an equals sign.
+        value = os.path.expanduser(value)  # noqa: PTH111 - Path would drop a slash at the end
+        word = f"{key}={value}"
+    plain = all((char.isascii() and char.isalnum()) or char in ("/._-+*@%" + "," * sweeping) for char in value)
+    if not equals or key not in _PATH_KEYS or plain or value[:1] in ("'", '"', "$") or not value:
+        return word
+    # A backslash means itself, except in front of a quote.
+    escaped = re.sub(r"(\\+)('|\Z)", r"\1\1\2", value).replace("'", "\\'")
+    return f"{key}='{escaped}'"

@@ -1,0 +1,101 @@
+"""Small data, and one finished run that many tests read."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Completed
+
+MODEL = ("model=tiny-bert", "model.random={hidden_size:64}")
+TINY = (
+    *MODEL,
+    "task=text_classification",
+    "task.label=verdict",
+    "task.metrics=[accuracy,macro_f1]",
+    "train.lr=2e-2",
+    "lora.targets=[all-linear]",
+    "train.batch_size=8",
+    "train.epochs=3",
+    "lora.dropout=0.1",
+    "device.threads=1",
+)
+"""A training of a second or two, on the files of `write_films`."""
+FILMS = ("task.data.train=train.csv", "task.data.validation=validation.csv", "task.data.test=test.csv")
+BLOCK = """\
+import os, socket
+
+def refuse(*args, **kwargs):
+    with open(os.environ["DIALLED"], "a") as file:
+        file.write(f"{args} {kwargs}\\n")
+    raise OSError("this test has no network")
+
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+"""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run made by the real command line, in the folder it was started from."""
+
+    home: Path
+    path: Path
+    process: Completed
+    env: dict[str, str]
+
+    def facts(self) -> dict[str, Any]:
+        return json.loads((self.path / "run.json").read_text())
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_csv(file: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    with file.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_films(folder: Path) -> None:
+    """train.csv, validation.csv and test.csv: short texts whose first letter tells the verdict, mostly."""
+    for split, size in (("train", 96), ("validation", 30), ("test", 10)):
+        rows = []
+        for number in range(size):
+            verdict = ("bad", "fair", "good")[number % 3]
+            word = {"bad": "zzzz", "fair": "aa", "good": "mmmmmm"}[verdict if number % 7 else "fair"]
+            rows.append({"id": number, "text": f"{word} {split} {number * 37 % 101}", "verdict": verdict})
+        write_csv(folder / f"{split}.csv", rows)
+
+
+@pytest.fixture(scope="session")
+def blocked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment in which every attempt to dial out fails, and is written down in the file DIALLED."""
+    folder = tmp_path_factory.mktemp("blocked")
+    (folder / "sitecustomize.py").write_text(BLOCK)
+    return {"PYTHONPATH": str(folder), "DIALLED": str(folder / "dialled.txt"), "HF_HUB_OFFLINE": "0"}
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, lora: Callable[..., Completed], blocked: dict[str, str]
+) -> Finished:
+    home = tmp_path_factory.mktemp("finished")
+    write_films(home)
+    extra = ("task.extra_splits=[test]", "tracker=tensorboard")
+    process = lora("train", *TINY, *FILMS, *extra, cwd=home, env=blocked)
+    assert process.returncode == 0, process.stderr
+    return Finished(home, (home / "runs" / "latest").resolve(), process, blocked)
+
+
+@pytest.fixture
+def films(scratch: Path) -> Path:
+    """The current directory, with films in it."""
+    write_films(scratch)
+    return scratch

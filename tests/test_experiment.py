@@ -1,0 +1,103 @@
+"""A configuration made real: the self-checks find what they are for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_cli import experiment as experiments
+from lora_cli.errors import ConfigError, TrainingFailure, UnknownName
+from lora_cli.experiment import Experiment
+from lora_cli.spec import ClassificationSpec, DataSpec, LoraSpec, ModelSpec, TrainRun, TrainSpec
+from lora_cli.tasks import build_task, load_splits
+
+TINY = ModelSpec(
+    name="tiny", family="bert", random={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+)
+INTENTS = ClassificationSpec(
+    name="support_intents", data=DataSpec(embedded="support_intents", train_limit=24, validation_limit=12)
+)
+
+
+def build(**settings: object) -> Experiment:
+    spec = TrainRun(task=INTENTS, model=TINY, **settings)
+    task = build_task(spec.task)
+    rows = load_splits(spec.task.data, ["train", "validation"], label="label", regression=False, seed=0)
+    task.fit_labels(rows["train"])
+    return Experiment.build(spec, task, rows)
+
+
+@pytest.mark.parametrize("lora", [LoraSpec(), LoraSpec(variant="dora", targets=["all-linear"]), LoraSpec(targets=[])])
+def test_a_fresh_adapter_changes_nothing_and_comes_back_from_disk(lora: LoraSpec, tmp_path: Path) -> None:
+    experiment = build(lora=lora)
+    experiment.save(tmp_path / "adapter")
+    assert set(experiment.score("validation").result()) == {"accuracy", "loss"}
+
+
+def test_an_adapter_that_is_not_neutral_at_the_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def inject(model: torch.nn.Module, *args: object, **settings: object) -> object:
+        injection = original(model, *args, **settings)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".B"):
+                torch.nn.init.normal_(parameter)
+        return injection
+
+    original = experiments.inject
+    monkeypatch.setattr(experiments, "inject", inject)
+    with pytest.raises(TrainingFailure, match="a fresh adapter must not change the base model"):
+        build()
+
+
+def test_a_file_that_does_not_hold_what_was_trained_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def save_adapter(model: torch.nn.Module, injection: object, folder: Path, **settings: object) -> None:
+        original(model, injection, folder, **settings)
+        file = folder / "adapter_model.safetensors"
+        tensors = load_file(file)
+        tensors["base_model.model.classifier.bias"] += 0.5
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    original = experiments.save_adapter
+    monkeypatch.setattr(experiments, "save_adapter", save_adapter)
+    with pytest.raises(TrainingFailure, match="the saved adapter must compute what the trained one does"):
+        build().save(tmp_path / "adapter")
+
+
+def test_the_same_seed_makes_the_same_start_and_another_one_does_not() -> None:
+    def start(**settings: object) -> dict[str, torch.Tensor]:
+        model = build(**settings).base.model
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    first, again, other = start(), start(), start(train=TrainSpec(init_seed=5))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(
+        torch.equal(first[name], other[name]) for name in first if name.endswith((".A", "classifier.weight"))
+    )
+
+
+def test_a_misspelt_layer_names_the_nearest() -> None:
+    with pytest.raises(
+        UnknownName, match=r"lora\.targets=qeury: no such layer\. Did you mean attention\.self\.query\?"
+    ):
+        build(lora=LoraSpec(targets=["qeury"]))
+
+
+def test_a_rank_beyond_the_layer_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"lora\.r=64"):
+        build(lora=LoraSpec(r=64))
+
+
+def test_texts_longer_than_the_model_can_read_are_cut_not_an_index_error() -> None:
+    spec = ClassificationSpec(name="long", max_length=5000, data=INTENTS.data)
+    task = build_task(spec)
+    rows = load_splits(spec.data, ["train", "validation"], label="label", regression=False, seed=0)
+    task.fit_labels(rows["train"])
+    for row in rows["train"]:
+        row["text"] = row["text"] * 200
+    experiment = Experiment.build(TrainRun(task=spec, model=TINY), task, rows)
+    assert experiment.data["train"].num_truncated == len(rows["train"])
+    assert max(example.num_tokens for example in experiment.data["train"].examples) == experiment.base.max_length

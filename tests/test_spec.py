@@ -1,0 +1,130 @@
+"""The range of every key, on both sides of its edges."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lora_cli.errors import ConfigError, UnknownName
+from lora_cli.spec import (
+    MAX_RANK,
+    MAX_SEED,
+    VERBS,
+    ClassificationSpec,
+    DataSpec,
+    DeviceSpec,
+    EvalRun,
+    FetchRun,
+    InferRun,
+    LoraSpec,
+    ModelSpec,
+    TaskSpec,
+    TrackerSpec,
+    TrainRun,
+    TrainSpec,
+)
+
+WRONG = [
+    *((DataSpec, f"task.data.{split}_limit", value) for split in ("train", "validation", "test") for value in (0, -1)),
+    *((DataSpec, "task.data.validation_share", value) for value in (0.0, 1.0, -0.1, math.nan)),
+    *((TaskSpec, "task.max_length", value) for value in (3, 0, -1)),
+    *((ClassificationSpec, "task.text", value) for value in ([], ["a", "b", "c"])),
+    *((ClassificationSpec, "task.metrics", value) for value in ([], ["f2"], ["pearson"])),
+    (ClassificationSpec, "task.labels", ["a", "b", "a"]),
+    (ClassificationSpec, "task.choices", ["a"]),
+    *((ModelSpec, "model.dropout", value) for value in (-0.1, 1.0, math.nan)),
+    (LoraSpec, "lora.variant", "DoRA"),
+    (LoraSpec, "lora.scaling", "sqrt"),
+    (LoraSpec, "lora.bias", "some"),
+    *((LoraSpec, "lora.dropout", value) for value in (-0.1, 1.0, math.nan)),
+    *((LoraSpec, "lora.r", value) for value in (0, -1, MAX_RANK + 1)),
+    *((LoraSpec, "lora.alpha", value) for value in (0.0, -1.0, 1.1e4, math.nan, math.inf)),
+    *((TrainSpec, "train.epochs", value) for value in (0.0, -1.0, math.nan, math.inf)),
+    *((TrainSpec, f"train.{name}", 0) for name in ("max_steps", "eval_every", "save_every", "patience")),
+    *((TrainSpec, f"train.{name}", 0) for name in ("batch_size", "accumulation", "eval_batch_size", "length_window")),
+    *((TrainSpec, f"train.{name}", 0) for name in ("keep", "log_every")),
+    *((TrainSpec, f"train.{name}", value) for name in ("lr", "head_lr", "eps") for value in (0.0, math.nan, math.inf)),
+    *((TrainSpec, "train.max_grad_norm", value) for value in (0.0, math.nan)),
+    (TrainSpec, "train.schedule", "cos"),
+    *((TrainSpec, "train.warmup", value) for value in (-0.1, 1.0, math.nan)),
+    *((TrainSpec, "train.weight_decay", value) for value in (-0.1, math.inf, math.nan)),
+    *((TrainSpec, "train.betas", value) for value in ([0.9], [0.9, 1.0], [-0.1, 0.9], [0.9, math.nan])),
+    *((TrainSpec, f"train.{name}_seed", value) for name in ("init", "data", "dropout") for value in (-1, MAX_SEED + 1)),
+    (DeviceSpec, "device.name", "tpu"),
+    (DeviceSpec, "device.precision", "int8"),
+    (DeviceSpec, "device.threads", 0),
+    (TrackerSpec, "tracker.name", "wandbb"),
+    *((TrainRun, "seed", value) for value in (-1, MAX_SEED + 1)),
+    *((TrainRun, "resume", value) for value in ("yes", "True")),
+    (EvalRun, "batch_size", 0),
+]
+
+
+def show(value: object) -> str:
+    return value.__name__ if isinstance(value, type) else str(value)
+
+
+@pytest.mark.parametrize(("cls", "key", "value"), WRONG, ids=show)
+def test_a_value_out_of_range_is_refused_by_its_key(cls, key, value) -> None:
+    with pytest.raises(ConfigError) as caught:
+        cls(**{key.rsplit(".", 1)[-1]: value})
+    assert caught.value.key == key
+    assert len(str(caught.value)) <= 300
+
+
+RIGHT = [
+    (DataSpec, "train_limit", 1),
+    (TaskSpec, "max_length", 4),
+    (ModelSpec, "dropout", 0.0),
+    *((LoraSpec, "r", value) for value in (1, MAX_RANK)),
+    (LoraSpec, "alpha", 1e4),
+    (LoraSpec, "targets", []),
+    (TrainSpec, "epochs", 0.5),
+    (TrainSpec, "max_grad_norm", None),
+    *((TrainSpec, "warmup", value) for value in (0.0, 0.99)),
+    (TrainSpec, "weight_decay", 0.0),
+    *((TrainRun, "seed", value) for value in (0, MAX_SEED)),
+]
+
+
+@pytest.mark.parametrize(("cls", "name", "value"), RIGHT, ids=show)
+def test_the_edge_of_a_range_belongs_to_it(cls, name, value) -> None:
+    assert getattr(cls(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "keys"),
+    [
+        (ClassificationSpec, {"regression": True}, ["task.metrics", "task.regression"]),
+        (ClassificationSpec, {"regression": True, "metrics": ["pearson"], "labels": ["a"]}, ["task.labels"]),
+        (ClassificationSpec, {"regression": True, "metrics": ["pearson"], "choices": ["a", "b"]}, ["task.choices"]),
+        (ModelSpec, {"random": {}}, ["model.family", "model.random"]),
+        (LoraSpec, {"rank_pattern": {"query": 0}}, ["lora.rank_pattern.query"]),
+        (LoraSpec, {"alpha_pattern": {"query": math.nan}}, ["lora.alpha_pattern.query"]),
+        (DeviceSpec, {"name": "cpu", "precision": "fp16"}, ["device.precision", "device.name"]),
+        (TrainRun, {"task": ClassificationSpec(), "train": TrainSpec(metric="f1")}, ["train.metric"]),
+        (InferRun, {"run": "x"}, ["text", "input"]),
+        (InferRun, {"run": "x", "text": "a", "input": "b"}, ["text", "input"]),
+        (InferRun, {"run": "x", "input": "a", "text_pair": "b"}, ["text_pair", "text"]),
+        (FetchRun, {}, ["model", "task"]),
+    ],
+    ids=show,
+)
+def test_keys_that_contradict_each_other_are_both_named(cls, values, keys) -> None:
+    with pytest.raises(ConfigError) as caught:
+        cls(**values)
+    assert all(key in str(caught.value) for key in keys)
+
+
+def test_an_unknown_name_carries_the_options() -> None:
+    with pytest.raises(UnknownName) as caught:
+        LoraSpec(variant="lroa")
+    assert caught.value.options == ["dora", "lora"]
+
+
+@pytest.mark.parametrize("schema", VERBS.values(), ids=show)
+def test_a_verb_says_what_it_does_in_one_line(schema: type) -> None:
+    first = (schema.__doc__ or "").splitlines()[0]
+    assert first.startswith("lora ")
+    assert first.endswith(".")
