@@ -148,6 +148,7 @@ FAMILIES: dict[str, Family] = {
         # Gated ones (Flan-T5) have two inner projections.
         mlp=(r"re:.*\.DenseReluDense\.wi(_[01])?", "DenseReluDense.wo"),
         kind="encoder-decoder",
+        undeclared=("decoder_start_token_id",),
     ),
     "bart": Family(
         default=tuple(f"{block}.{part}_proj" for block in ("self_attn", "encoder_attn") for part in "qv"),

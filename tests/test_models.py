@@ -351,16 +351,33 @@ def test_architecture_other_than_the_model_file_says_is_refused_unless_a_path_wa
     assert load(at(mirror / "bert", family="roberta")).family == "bert"
 
 
-def test_a_decoder_without_pad_token_is_refused(tmp_path):
+def write_gpt2_without_pad_token(folder, **special):
     import transformers
 
     tokenizer = build_tiny_tokenizer(token_types=False)
     tokenizer.pad_token = None
+    tokenizer.add_special_tokens(special)
     config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64)
     with quiet():
-        transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    save_tokenizer(tokenizer, tmp_path)
-    assert "no pad token" in refusal(tmp_path)
+        transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+
+
+def test_a_decoder_without_pad_token_pads_with_its_end_mark_and_that_changes_nothing(tmp_path):
+    write_gpt2_without_pad_token(tmp_path, eos_token="[SEP]")
+    base = load(at(tmp_path))
+    assert base.tokenizer.pad_token_id == base.model.config.pad_token_id == base.tokenizer.eos_token_id
+    with torch.no_grad():
+        alone = base.model(**base.tokenizer(["short"], return_tensors="pt")).logits[0]
+        beside = base.model(
+            **base.tokenizer(["short", "a much longer text"], padding=True, return_tensors="pt")
+        ).logits[0]
+    torch.testing.assert_close(beside, alone, atol=1e-6, rtol=0)
+
+
+def test_a_decoder_with_neither_pad_token_nor_end_mark_is_refused(tmp_path):
+    write_gpt2_without_pad_token(tmp_path)
+    assert "neither a pad token nor an end mark" in refusal(tmp_path)
 
 
 def test_a_family_outside_the_table_loads_but_has_no_groups(tmp_path):
