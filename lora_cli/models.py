@@ -82,6 +82,8 @@ def load_base(
             model, fresh = _load_checkpoint(source.folder, spec, head, dtype or torch.float32)
             _draw(model, fresh, seed)
     _check_vocabulary(model, tokenizer, source.folder or f"model.random of {spec.name}")
+    # Decoders find the last token of a text, which their head reads, by what the config calls padding.
+    model.config.pad_token_id = tokenizer.pad_token_id
     max_length = _num_positions(model, tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
     return BaseModel(

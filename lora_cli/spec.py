@@ -200,7 +200,8 @@ class LoraSpec:
     dropout: float = 0.0
     """Probability of dropping an input of A in training."""
     targets: list[str] = field(default_factory=lambda: ["default"])
-    """Layers to adapt: a group (default, all-linear), a dotted suffix, or re:REGEX; []: only the head trains."""
+    """Layers to adapt: a group (default, all-linear), a dotted suffix, parts of a fused projection (c_attn:q+v), or
+    re:REGEX; []: only the head trains."""
     bias: str = "none"
     """Biases that train: none, all, or lora_only (those of the adapted layers)."""
     modules_to_save: list[str] = field(default_factory=list)

@@ -27,7 +27,7 @@ _VOCABULARIES = (
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer whose files lie in `folder`, from these files alone.
+    """The tokenizer whose files lie in `folder`, from these files alone; without a pad token it pads with its end mark.
 
     Raises:
         ModelError: the files are missing or damaged, or there is no token to pad with.
@@ -42,7 +42,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
     if tokenizer.pad_token_id is None:
-        raise ModelError(f"{printable(folder)}: the tokenizer has no pad token, so texts cannot be put in one batch")
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"{printable(folder)}: the tokenizer has neither a pad token nor an end mark to pad with")
+        # Decoders are trained without padding; the attention mask hides it, whatever token it is.
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 

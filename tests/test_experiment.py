@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from lora_cli import experiment as experiments
+from lora_cli.config import conf_dir
+from lora_cli.engine.evaluate import forward
 from lora_cli.errors import ConfigError, TrainingFailure, UnknownName
 from lora_cli.experiment import Experiment
 from lora_cli.spec import ClassificationSpec, DataSpec, LoraSpec, ModelSpec, TrainRun, TrainSpec
@@ -22,8 +25,8 @@ INTENTS = ClassificationSpec(
 )
 
 
-def build(**settings: object) -> Experiment:
-    spec = TrainRun(task=INTENTS, model=TINY, **settings)
+def build(model: ModelSpec = TINY, **settings: object) -> Experiment:
+    spec = TrainRun(task=INTENTS, model=model, **settings)
     task = build_task(spec.task)
     rows = load_splits(spec.task.data, ["train", "validation"], label="label", regression=False, seed=0)
     task.fit_labels(rows["train"])
@@ -35,6 +38,22 @@ def test_a_fresh_adapter_changes_nothing_and_comes_back_from_disk(lora: LoraSpec
     experiment = build(lora=lora)
     experiment.save(tmp_path / "adapter")
     assert set(experiment.score("validation").result()) == {"accuracy", "loss"}
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny-gpt2", "tiny-llama", "tiny-opt", "tiny-neox", "tiny-bloom", "tiny-t5", "tiny-bart"]
+)
+def test_decoders_classify_too_and_padding_changes_nothing(name: str, tmp_path: Path) -> None:
+    settings = OmegaConf.to_container(OmegaConf.load(conf_dir() / "model" / f"{name}.yaml"))
+    experiment = build(ModelSpec(**settings))
+    experiment.save(tmp_path / "adapter")
+    examples = sorted(experiment.data["train"].examples, key=lambda example: example.num_tokens)
+    short, long = examples[0], examples[-1]
+    assert short.num_tokens < long.num_tokens
+    with torch.no_grad():
+        alone = forward(experiment.base.model, experiment.task.collate([short]))[0]
+        beside = forward(experiment.base.model, experiment.task.collate([short, long]))[0]
+    torch.testing.assert_close(beside, alone, atol=1e-5, rtol=0)
 
 
 def test_an_adapter_that_is_not_neutral_at_the_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from lora_cli.tokenizer import build_tiny_tokenizer, quiet, save_tokenizer
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
 SEED = 5
+ENCODERS = sorted(name for name, family in FAMILIES.items() if family.kind == "encoder")
 
 
 def tiny_spec(family: str, **changes: object) -> ModelSpec:
@@ -51,7 +52,7 @@ def write_checkpoint(folder: Path, family: str, auto_class: str) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", params=sorted(FAMILIES))
+@pytest.fixture(scope="session", params=ENCODERS)
 def masked_lm(request, tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp(request.param), request.param, "AutoModelForMaskedLM")
 
@@ -227,7 +228,7 @@ def test_weights_are_fp32_whatever_the_checkpoint_holds(bert):
     assert {p.dtype for p in load(at(bert), dtype=torch.bfloat16).model.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", ENCODERS)
 def test_dropout_reaches_every_dropout_of_the_model(family):
     def rates(dropout):
         modules = load(tiny_spec(family, dropout=dropout)).model.modules()
@@ -237,7 +238,7 @@ def test_dropout_reaches_every_dropout_of_the_model(family):
     assert rates(0.0) == {0.0}
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", ENCODERS)
 def test_random_base_depends_on_the_seed_but_not_on_the_task(family):
     first, second = load(tiny_spec(family), num_outputs=2), load(tiny_spec(family), num_outputs=7)
     other = load(tiny_spec(family), num_outputs=2, seed=SEED + 1)
@@ -350,16 +351,33 @@ def test_architecture_other_than_the_model_file_says_is_refused_unless_a_path_wa
     assert load(at(mirror / "bert", family="roberta")).family == "bert"
 
 
-def test_a_decoder_without_pad_token_is_refused(tmp_path):
+def write_gpt2_without_pad_token(folder, **special):
     import transformers
 
     tokenizer = build_tiny_tokenizer(token_types=False)
     tokenizer.pad_token = None
+    tokenizer.add_special_tokens(special)
     config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64)
     with quiet():
-        transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    save_tokenizer(tokenizer, tmp_path)
-    assert "no pad token" in refusal(tmp_path)
+        transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+
+
+def test_a_decoder_without_pad_token_pads_with_its_end_mark_and_that_changes_nothing(tmp_path):
+    write_gpt2_without_pad_token(tmp_path, eos_token="[SEP]")
+    base = load(at(tmp_path))
+    assert base.tokenizer.pad_token_id == base.model.config.pad_token_id == base.tokenizer.eos_token_id
+    with torch.no_grad():
+        alone = base.model(**base.tokenizer(["short"], return_tensors="pt")).logits[0]
+        beside = base.model(
+            **base.tokenizer(["short", "a much longer text"], padding=True, return_tensors="pt")
+        ).logits[0]
+    torch.testing.assert_close(beside, alone, atol=1e-6, rtol=0)
+
+
+def test_a_decoder_with_neither_pad_token_nor_end_mark_is_refused(tmp_path):
+    write_gpt2_without_pad_token(tmp_path)
+    assert "neither a pad token nor an end mark" in refusal(tmp_path)
 
 
 def test_a_family_outside_the_table_loads_but_has_no_groups(tmp_path):

@@ -171,6 +171,8 @@ def _show(screen: Screen, experiment: Experiment) -> None:
         size = sum(parameter.numel() for parameter in base.model.get_submodule(name).parameters())
         table.append((f"{name} (whole)", 1, "", size))
     screen.targets(table)
+    if injection.left_out:
+        screen.fact("left out", f"{', '.join(injection.left_out)} (not layers that can be adapted)")
     share = injection.num_trainable / injection.num_total
     memory = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters()) / 2**20
     trainable, total = count(injection.num_trainable), count(injection.num_total)

@@ -13,13 +13,16 @@ from lora_cli.nn.inject import (
     trainable_state,
     unmerge,
 )
-from lora_cli.nn.layers import LoraLinear
+from lora_cli.nn.layers import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear
 from lora_cli.nn.variants import VARIANTS
 
 __all__ = [
     "VARIANTS",
     "AdapterFile",
     "Injection",
+    "LoraConv1D",
+    "LoraEmbedding",
+    "LoraLayer",
     "LoraLinear",
     "TargetRow",
     "adapted_layers",

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ from torch import Tensor, nn
 from lora_cli import __version__
 from lora_cli.errors import AdapterError, ConfigError, printable
 from lora_cli.nn.inject import Injection, adapted_layers, inject_plan
+from lora_cli.nn.peft_config import PeftConfig, parse_config
 from lora_cli.nn.peft_format import (
     PREFIX,
-    PeftConfig,
     StoredTensor,
     build_config,
     ignored_keys,
-    parse_config,
     plan_from,
+    stored_scale,
     stored_tensors,
 )
 from lora_cli.nn.targets import LayerPlan, Plan, check_plan, is_inside
@@ -42,6 +43,10 @@ _FACTS = "lora.json"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _FORMAT = 1
 _SAMPLES = 64
+_PARTS_NOTE = (
+    "Of these fused layers only parts are adapted, each by an A (r, in) and a B of its own. adapter_model.safetensors "
+    "holds one update that computes the same: the A of all parts stacked, their B in their places and zero elsewhere."
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class AdapterFile:
     """Fingerprint of the base it was trained on; None if it was not made here."""
     extra: Mapping[str, Any]
     """What `save_adapter` was given as `extra`."""
+    parts: Mapping[str, LayerPlan]
+    """Layer → its parts, with their rank and alpha, where a fused projection is adapted in part."""
 
 
 def fingerprint(model: nn.Module, *, fresh: Sequence[str]) -> str:
@@ -97,14 +104,15 @@ def save_adapter(
         AdapterError: `folder` exists and holds something else.
     """
     spec = injection.spec
-    layers = {name: LayerPlan("", layer.r, layer.alpha) for name, layer in adapted_layers(model).items()}
+    layers = {name: LayerPlan("", layer.r, layer.alpha, layer.parts) for name, layer in adapted_layers(model).items()}
     config, plan = build_config(model, Plan(layers, injection.trained_whole), spec, task_type)
     config |= {"base_model_name_or_path": base_name, "revision": revision}
     facts = {"format": _FORMAT, "made_by": f"lora-cli {__version__}", "fingerprint": fingerprint, "extra": dict(extra)}
     tensors = {
-        stored.keys[0]: model.get_parameter(stored.parameter).detach().float().cpu().contiguous()
+        stored.keys[0]: stored.packed(model.get_parameter(stored.parameter).detach().float().cpu()).contiguous()
         for stored in stored_tensors(model, plan, spec)
     }
+    facts |= _parts_facts(layers)
     _write_folder(folder, {_CONFIG: dict(sorted(config.items())), _FACTS: facts}, tensors)
 
 
@@ -123,7 +131,8 @@ def read_adapter(folder: Path) -> AdapterFile:
         raise AdapterError(f"{where(folder)}: {_WEIGHTS} is missing{hint}")
     tensors = read_header(folder / _WEIGHTS)
     facts = _read_facts(folder / _FACTS)
-    return AdapterFile(folder, config, tensors, facts.get("fingerprint"), facts.get("extra", {}))
+    parts = _parse_parts(facts.get("parts", {"layers": {}}), folder / _FACTS)
+    return AdapterFile(folder, config, tensors, facts.get("fingerprint"), facts.get("extra", {}), parts)
 
 
 def load_adapter(
@@ -149,7 +158,7 @@ def load_adapter(
             f"{where(file.folder)}: it was trained on another base model ({name}) than the one loaded; "
             "the weights differ. force_base=true uses it nevertheless"
         )
-    plan = plan_from(model, file.config, fresh, where(file.folder / _CONFIG))
+    plan = _with_parts(plan_from(model, file.config, fresh, where(file.folder / _CONFIG)), file)
     try:
         check_plan(model, plan, file.config.spec)
     except ConfigError as error:
@@ -179,10 +188,45 @@ def _read_tensors(file: AdapterFile, expected: Sequence[StoredTensor], ignored: 
             raise AdapterError(f"{where(path)}: {_few([key])} has shape {list(have)}, this model needs {list(want)}")
     tensors = {}
     for stored, key in keys.items():
-        tensors[stored.parameter] = read_tensor(path, file.tensors[key]).float()
-        if not tensors[stored.parameter].isfinite().all():
+        tensor = read_tensor(path, file.tensors[key]).float()
+        if not tensor.isfinite().all():
             raise AdapterError(f"{where(path)}: {_few([key])} holds NaN or infinity")
+        tensors[stored.parameter] = stored.unpacked(tensor)
     return tensors
+
+
+def _parts_facts(layers: Mapping[str, LayerPlan]) -> dict[str, Any]:
+    """What lora.json says of layers adapted in part; nothing if there are none."""
+    adapted = {
+        name: {"names": list(layer.parts), "r": layer.r, "alpha": layer.alpha}
+        for name, layer in layers.items()
+        if layer.parts
+    }
+    return {"parts": {"note": _PARTS_NOTE, "layers": adapted}} if adapted else {}
+
+
+def _parse_parts(value: Any, path: Path) -> dict[str, LayerPlan]:
+    layers = value.get("layers") if isinstance(value, dict) else None
+    if not isinstance(layers, dict):
+        raise AdapterError(f"{where(path)}: parts must be an object with layers")
+    types = {"names": list, "r": int, "alpha": float}
+    for name, layer in layers.items():
+        fits = isinstance(layer, dict) and {key: type(item) for key, item in layer.items()} == types
+        if not fits or not layer["names"] or not all(isinstance(part, str) for part in layer["names"]):
+            raise AdapterError(f"{where(path)}: parts of {printable(name, 60)} must be names, r and alpha")
+    return {name: LayerPlan("", layer["r"], layer["alpha"], tuple(layer["names"])) for name, layer in layers.items()}
+
+
+def _with_parts(plan: Plan, file: AdapterFile) -> Plan:
+    """`plan`, which PEFT would make, with the layers that are adapted in part as what they are."""
+    layers = dict(plan.layers)
+    for name, parts in file.parts.items():
+        layer, (r, alpha) = layers.get(name), stored_scale(parts, file.config.spec.scaling)
+        if layer is None or layer.r != r or not math.isclose(layer.alpha, alpha, rel_tol=1e-9):
+            known = f"r={r}, alpha={alpha:g} in {_CONFIG}"
+            raise AdapterError(f"{where(file.folder / _FACTS)}: parts of {printable(name, 60)} need {known}")
+        layers[name] = replace(parts, pattern=layer.pattern)
+    return Plan(layers, plan.whole)
 
 
 def _few(keys: Iterable[str]) -> str:

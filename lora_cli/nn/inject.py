@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.errors import AdapterError
-from lora_cli.nn.layers import LoraLinear, generator_for
-from lora_cli.nn.targets import Plan, first_names, is_inside, plan_adapter
+from lora_cli.nn.fused import placement_of
+from lora_cli.nn.layers import LoraLayer, generator_for, kind_of
+from lora_cli.nn.targets import LayerPlan, Plan, first_names, is_inside, matrix_of, plan_adapter
 from lora_cli.nn.variants import VARIANTS
 from lora_cli.spec import LoraSpec
 
@@ -42,7 +43,7 @@ class TargetRow:
     modules: tuple[str, ...]
     """Names of the adapted layers, in the model's order."""
     ranks: tuple[int, ...]
-    """Their ranks, in the same order."""
+    """Their ranks, in the same order; of each part, where parts of a fused projection are adapted."""
     num_parameters: int
     """Trained parameters in them."""
 
@@ -63,6 +64,9 @@ class Injection:
     """Of these, parameters of the adapters."""
     num_total: int
     """Parameters of the model, adapters included."""
+    left_out: tuple[str, ...] = ()
+    """Ends of the names of matrices that an entry such as all-linear covers, but that are not adapted: the output
+    embedding, experts in one parameter, their router."""
 
 
 def inject(
@@ -83,7 +87,8 @@ def inject(
 
     Raises:
         UnknownName: a target, pattern or module that matches nothing.
-        ConfigError: an entry that matches no Linear, or a choice that this model does not allow.
+        ConfigError: an entry that matches no layer of a kind that can be adapted, or a choice that this model
+            does not allow.
         AdapterError: the model is adapted already.
     """
     return inject_plan(model, plan_adapter(model, spec, groups=groups, fresh=fresh, skip=skip), spec, seed=seed)
@@ -94,18 +99,7 @@ def inject_plan(model: nn.Module, plan: Plan, spec: LoraSpec, *, seed: int = 0) 
     if adapted_layers(model):
         raise AdapterError("the model is adapted already; remove that adapter first")
     model.requires_grad_(False)
-    layers = {
-        name: LoraLinear(
-            model.get_submodule(name),  # type: ignore[arg-type]
-            r=layer.r,
-            alpha=layer.alpha,
-            scaling=spec.scaling,
-            dropout=spec.dropout,
-            variant=spec.variant,
-            generator=generator_for(seed, name),
-        )
-        for name, layer in plan.layers.items()
-    }
+    layers = {name: _adapt(model, name, layer, spec, seed) for name, layer in plan.layers.items()}
     for name, first in first_names(model).items():
         if first in layers:
             model.set_submodule(name, layers[first].train(model.training))
@@ -115,9 +109,25 @@ def inject_plan(model: nn.Module, plan: Plan, spec: LoraSpec, *, seed: int = 0) 
     return _injection(model, plan, spec)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LoraLinear]:
+def _adapt(model: nn.Module, name: str, layer: LayerPlan, spec: LoraSpec, seed: int) -> LoraLayer:
+    base = model.get_submodule(name)
+    kind = kind_of(base)
+    assert kind is not None, "a plan holds what can be adapted"
+    return kind(
+        base,
+        r=layer.r,
+        alpha=layer.alpha,
+        scaling=spec.scaling,
+        dropout=spec.dropout,
+        variant=spec.variant,
+        placement=placement_of(model, name, layer.parts, matrix_of(model, name).shape[0]) if layer.parts else None,
+        generator=generator_for(seed, name),
+    )
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """Module name → adapted layer, in the model's order; a shared layer is named once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def merge(model: nn.Module) -> dict[str, float]:
@@ -220,7 +230,7 @@ def _widen_trained(model: nn.Module) -> None:
         own = list(module.parameters(recurse=False))
         if any(p.requires_grad for p in own):
             for parameter in own:
-                if parameter.requires_grad or not isinstance(module, nn.Linear):
+                if parameter.requires_grad or not kind_of(module):
                     parameter.data = parameter.data.float()
 
 
@@ -238,9 +248,10 @@ def _injection(model: nn.Module, plan: Plan, spec: LoraSpec) -> Injection:
         num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         num_adapter=sum(sizes.values()),
         num_total=sum(p.numel() for p in model.parameters()),
+        left_out=plan.left_out,
     )
 
 
-def _num_adapter(layer: LoraLinear) -> int:
+def _num_adapter(layer: LoraLayer) -> int:
     names = ("A", "B", *VARIANTS[layer.variant].parameters)
     return sum(layer.get_parameter(name).numel() for name in names)

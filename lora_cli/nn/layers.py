@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_cli.errors import AdapterError
+from lora_cli.nn.fused import Placement
 from lora_cli.nn.variants import SCALINGS, VARIANTS
 
-__all__ = ["LoraLinear", "generator_for"]
+__all__ = ["KINDS", "LoraConv1D", "LoraEmbedding", "LoraLayer", "LoraLinear", "generator_for", "kind_of"]
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
@@ -24,85 +26,139 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
-class LoraLinear(nn.Module):
-    r"""A frozen `nn.Linear` and a trained update of rank r (Hu et al. 2021, arXiv:2106.09685).
+class LoraLayer(nn.Module):
+    r"""A frozen layer with one weight and a trained update of rank r (Hu et al. 2021, arXiv:2106.09685).
 
-    y = base(x) + s B A dropout(x), or what the variant makes of the two terms. A is Kaiming-uniform, B zero, so
-    a new layer computes exactly what its base does. `A` and `B` stay fp32 and are cast to the input's dtype at
-    use. Nothing is merged as a side effect: see `merge` and `unmerge`.
+    y = base(x) + s B A x, or what the variant makes of the two terms; a new layer computes exactly what its base
+    does. `A` and `B` stay fp32 and are cast at use. Nothing is merged as a side effect: see `merge` and `unmerge`.
+    With a `placement`, only the parts of a fused projection that it names are adapted, each by an A and a B of its
+    own, as in loralib's MergedLinear.
 
     `weight` is the *effective* weight, with gradients to A and B, because some models bypass `forward`
     (DeBERTa v1's `in_proj.weight`, `nn.MultiheadAttention`'s `out_proj.weight`); dropout does not act there.
 
-    Shapes: A (r, in), B (out, r); input (..., in), output (..., out).
+    Shapes: A (r, in), B (out, r); with k parts, of P outputs together, A (k·r, in), B (P, r).
     """
+
+    is_transposed: ClassVar[bool] = False
+    """Whether the base keeps its weight as (in, out)."""
+    is_projection: ClassVar[bool] = True
+    """Whether it multiplies a vector by a matrix, and so belongs to all-linear."""
 
     def __init__(
         self,
-        base_layer: nn.Linear,
+        base_layer: nn.Module,
         *,
         r: int,
         alpha: float,
         scaling: str = "alpha/r",
         dropout: float = 0.0,
         variant: str = "lora",
+        placement: Placement | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        assert placement is None or not VARIANTS[variant].parameters, "refused by name where the layer is chosen"
         self.base_layer = base_layer.requires_grad_(False)
         self.r, self.alpha = r, alpha
         self.scaling = SCALINGS[scaling](alpha, r)
         self.variant = variant
         self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
-        device = base_layer.weight.device
+        device = self._base_weight.device
+        self.placement = None if placement is None else placement.to(device)
+        num_parts, num_rows = (len(placement.parts), placement.num_rows) if placement else (1, self.out_features)
         # Drawn on the CPU: a device's own generator would give another init on another device.
-        a_RI = torch.empty(r, self.in_features)
-        nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
-        self.A = nn.Parameter(a_RI.to(device))
-        self.B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
+        a_RI, b_OR = torch.zeros(num_parts * r, self.in_features), torch.zeros(num_rows, r)
+        self._draw(a_RI, b_OR, generator)
+        self.A, self.B = nn.Parameter(a_RI.to(device)), nn.Parameter(b_OR.to(device))
         VARIANTS[variant].prepare(self)
         self._unmerged: Tensor | None = None
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Whether `module` is a base for this kind of layer."""
+        raise NotImplementedError
+
+    def _draw(self, a_RI: Tensor, b_OR: Tensor, generator: torch.Generator | None) -> None:
+        """Initialise one of two zero matrices: A Kaiming-uniform, as nn.Linear is."""
+        nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
+
+    def _reduce(self, x: Tensor) -> Tensor:
+        """(..., in) → A x (..., r), in the dtype in which the layer computes."""
+        return functional.linear(self.dropout(x), self.A.to(x.dtype))
+
+    @classmethod
+    def matrix_of(cls, base_layer: nn.Module) -> Tensor:
+        """The weight of a base of this kind as (out, in): a view."""
+        weight = base_layer.get_parameter("weight")
+        return weight.T if cls.is_transposed else weight
+
+    @property
+    def _base_weight(self) -> nn.Parameter:
+        return self.base_layer.get_parameter("weight")
+
+    @property
+    def matrix(self) -> Tensor:
+        """The base weight as (out, in)."""
+        return self.matrix_of(self.base_layer)
 
     @property
     def in_features(self) -> int:
         """Size of an input."""
-        return self.base_layer.in_features
+        return self.matrix.shape[1]
 
     @property
     def out_features(self) -> int:
         """Size of an output."""
-        return self.base_layer.out_features
+        return self.matrix.shape[0]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The adapted parts of a fused projection; empty: the whole layer."""
+        return self.placement.parts if self.placement else ()
 
     @property
     def bias(self) -> nn.Parameter | None:
         """The base's bias."""
-        return self.base_layer.bias
+        bias: nn.Parameter | None = getattr(self.base_layer, "bias", None)
+        return bias
 
     @property
     def weight(self) -> Tensor:
-        """The effective weight (out, in) in the base's dtype; computed anew at each reading unless merged."""
+        """The effective weight in the base's layout and dtype; computed anew at each reading unless merged."""
         if self.is_merged:
-            return self.base_layer.weight
-        return VARIANTS[self.variant].merged_weight(self).to(self.base_layer.weight.dtype)
+            return self._base_weight
+        return self._in_layout(VARIANTS[self.variant].merged_weight(self)).to(self._base_weight.dtype)
 
     @property
     def is_merged(self) -> bool:
         """Whether the base weight contains the update."""
         return self._unmerged is not None
 
-    def delta_weight(self) -> Tensor:
-        """s·B·A in the base's layout (out, in), fp32, with gradients."""
+    def _in_layout(self, matrix: Tensor) -> Tensor:
+        return matrix.T if self.is_transposed else matrix
+
+    def _placed_b(self) -> Tensor:
+        """B for all outputs: with parts, its blocks in their places (out, k·r)."""
+        return self.B if self.placement is None else self.placement.spread(self.B)
+
+    def delta_matrix(self) -> Tensor:
+        """s·B·A as (out, in), fp32, with gradients."""
         with torch.autocast(self.A.device.type, enabled=False):
-            return self.scaling * (self.B.float() @ self.A.float())
+            return self.scaling * (self._placed_b().float() @ self.A.float())
+
+    def delta_weight(self) -> Tensor:
+        """s·B·A in the base's layout, fp32, with gradients."""
+        return self._in_layout(self.delta_matrix())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) → (..., out)."""
+        """(..., in), or indices for an embedding, → (..., out)."""
         base: Tensor = self.base_layer(x)
         if self.is_merged:
             return base
-        ax_R = functional.linear(self.dropout(x), self.A.to(x.dtype))
+        ax_R = self._reduce(x)
         # Scaled at rank r, where it costs least.
-        update = functional.linear(ax_R * self.scaling, self.B.to(x.dtype))
+        update = functional.linear(ax_R * self.scaling, self._placed_b().to(ax_R.dtype))
         return VARIANTS[self.variant].combine(self, base, update)
 
     @torch.no_grad()
@@ -116,7 +172,7 @@ class LoraLinear(nn.Module):
         """
         if self.is_merged:
             raise AdapterError("the adapter is merged already; merging again would add it twice")
-        base = self.base_layer.weight
+        base = self._base_weight
         merged = self.weight
         if not merged.isfinite().all():
             raise AdapterError(f"the merged weight is not finite in {base.dtype}; merge into a base of a wider dtype")
@@ -133,9 +189,71 @@ class LoraLinear(nn.Module):
         """
         if self._unmerged is None:
             raise AdapterError("the adapter is not merged, so it cannot be unmerged")
-        self.base_layer.weight.copy_(self._unmerged)
+        self._base_weight.copy_(self._unmerged)
         self._unmerged = None
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of this layer."""
-        return f"r={self.r}, scaling={self.scaling:g}, variant={self.variant}" + ", merged" * self.is_merged
+        parts = f", parts={'+'.join(self.parts)}" if self.parts else ""
+        return f"r={self.r}, scaling={self.scaling:g}, variant={self.variant}{parts}" + ", merged" * self.is_merged
+
+
+class LoraLinear(LoraLayer):
+    """Over an `nn.Linear`, weight (out, in)."""
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Any Linear, subclasses included: they compute the same."""
+        return isinstance(module, nn.Linear)
+
+
+class LoraConv1D(LoraLayer):
+    """Over transformers' `Conv1D` (GPT-2): a Linear whose weight is (in, out)."""
+
+    is_transposed = True
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """By name and structure, as transformers is not known here."""
+        is_named_so = any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
+        return is_named_so and module.get_parameter("weight").shape[1] == getattr(module, "nf", None)
+
+
+class LoraEmbedding(LoraLayer):
+    """Over an `nn.Embedding`: in is the number of entries, out their size; the weight is (in, out).
+
+    A is zero and B normal, as in loralib and PEFT: a step changes the rows of the entries seen in it, no others. The
+    padding entry gets no gradient, so its update stays zero. Dropout does not act, an index having nothing to
+    drop. A base that multiplies its output (`embed_scale`, Gemma) has the update multiplied too.
+    """
+
+    is_transposed = True
+    is_projection = False
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """An Embedding that looks up what it is given and leaves its weight alone.
+
+        Position tables of OPT and BART do not: their `forward` counts positions itself.
+        """
+        looks_up = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+        return isinstance(module, nn.Embedding) and module.max_norm is None and looks_up
+
+    def _draw(self, a_RI: Tensor, b_OR: Tensor, generator: torch.Generator | None) -> None:
+        nn.init.normal_(b_OR, generator=generator)
+
+    def _reduce(self, x: Tensor) -> Tensor:
+        assert isinstance(self.base_layer, nn.Embedding)
+        dtype = self.base_layer.weight.dtype
+        ax_R = functional.embedding(x, self.A.T, padding_idx=self.base_layer.padding_idx).to(dtype)
+        scale: Tensor | float = getattr(self.base_layer, "embed_scale", 1.0)
+        return ax_R * (scale.to(dtype) if isinstance(scale, Tensor) else scale)
+
+
+KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraConv1D, LoraEmbedding)
+"""Every kind of layer that can be adapted."""
+
+
+def kind_of(module: nn.Module) -> type[LoraLayer] | None:
+    """The kind of adapted layer that `module` can be the base of, if any."""
+    return next((kind for kind in KINDS if kind.fits(module)), None)

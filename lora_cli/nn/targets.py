@@ -1,25 +1,41 @@
 """Which layers are adapted and which modules train whole, worked out before anything is touched. Knows names and types.
 
 A name in `lora.targets`, `lora.rank_pattern` or `lora.alpha_pattern` is a whole module name, its dotted end
-("attention.self.query"), or re:REGEX, which must match the whole name.
+("attention.self.query"), or re:REGEX, which must match the whole name. In `lora.targets`, the first two may name
+parts of a fused projection: "c_attn:q+v".
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_cli.errors import ConfigError, UnknownName
-from lora_cli.spec import LoraSpec
+from lora_cli.nn.fused import placement_of
+from lora_cli.nn.layers import KINDS, LoraLayer, kind_of
+from lora_cli.nn.variants import VARIANTS
+from lora_cli.spec import MAX_RANK, MAX_SCALING, LoraSpec
 
-__all__ = ["ALL_LINEAR", "LayerPlan", "Plan", "check_plan", "first_names", "is_inside", "outermost", "plan_adapter"]
+__all__ = [
+    "ALL_LINEAR",
+    "LayerPlan",
+    "Plan",
+    "check_plan",
+    "first_names",
+    "is_inside",
+    "matrix_of",
+    "outermost",
+    "plan_adapter",
+]
 
 ALL_LINEAR = "all-linear"
-"""The built-in group: every Linear that is not new, trained whole or the output embedding."""
+"""The built-in group: every Linear and Conv1D that is not new, trained whole or the output embedding."""
+
+_KINDS = ", ".join(kind.__name__.removeprefix("Lora") for kind in KINDS)
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,8 @@ class LayerPlan:
     """Rank."""
     alpha: float
     """Numerator of the scaling."""
+    parts: tuple[str, ...] = ()
+    """Parts of a fused projection, each of rank r; empty: the whole layer."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +60,8 @@ class Plan:
     """Module name → how it is adapted, in the model's order."""
     whole: tuple[str, ...]
     """Modules that train whole, none inside another."""
+    left_out: tuple[str, ...] = ()
+    """Ends of the names of matrices that an entry covers, but that are not adapted."""
 
 
 def plan_adapter(
@@ -51,20 +71,21 @@ def plan_adapter(
 
     Raises:
         UnknownName: a target, pattern or module that matches nothing.
-        ConfigError: an entry that matches no Linear, or a choice that this model does not allow.
+        ConfigError: an entry that matches no layer of a kind that can be adapted, or a choice that this model
+            does not allow.
     """
     names = first_names(model)
     whole = outermost([*fresh, *_saved_whole(spec, names)])
-    patterns = _targets(model, spec, groups, names, whole, skip)
-    ranks = _overrides("lora.rank_pattern", spec.rank_pattern, patterns)
-    alphas = _overrides("lora.alpha_pattern", spec.alpha_pattern, patterns)
+    chosen, left_out = _targets(model, spec, groups, names, whole, skip)
+    ranks = _overrides("lora.rank_pattern", spec.rank_pattern, chosen)
+    alphas = _overrides("lora.alpha_pattern", spec.alpha_pattern, chosen)
     layers = {
-        name: LayerPlan(pattern, int(ranks.get(name, spec.r)), float(alphas.get(name, spec.alpha)))
-        for name, pattern in patterns.items()
+        name: LayerPlan(pattern, int(ranks.get(name, spec.r)), float(alphas.get(name, spec.alpha)), parts)
+        for name, (pattern, parts) in chosen.items()
     }
     if not layers and not whole and spec.bias != "all":
         raise ConfigError("lora.targets", "[]", "nothing would train: this model has no fresh head; name layers")
-    plan = Plan(layers, whole)
+    plan = Plan(layers, whole, left_out)
     check_plan(model, plan, spec)
     return plan
 
@@ -73,11 +94,13 @@ def check_plan(model: nn.Module, plan: Plan, spec: LoraSpec) -> None:
     """That `model` allows `plan`.
 
     Raises:
-        ConfigError: a rank larger than its layer, a weight tied to another module, a module with state beside
-            its parameters.
+        ConfigError: a rank larger than its layer, parts that the layer does not have, a weight tied to another
+            module, a module with state beside its parameters.
     """
     for name, layer in plan.layers.items():
-        rows, columns = model.get_submodule(name).weight.shape  # type: ignore[misc]
+        rows, columns = matrix_of(model, name).shape
+        if layer.parts:
+            rows = _check_parts(model, name, layer, spec)
         if layer.r > min(rows, columns):
             key = "lora.r" if layer.r == spec.r else "lora.rank_pattern"
             raise ConfigError(key, layer.r, f"at most {min(rows, columns)} for {name}, which is {rows} × {columns}")
@@ -87,6 +110,16 @@ def check_plan(model: nn.Module, plan: Plan, spec: LoraSpec) -> None:
         state = sorted(module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys())
         if state:
             raise ConfigError("lora.modules_to_save", name, f"has state that does not train ({state[0]})")
+
+
+def matrix_of(model: nn.Module, name: str) -> Tensor:
+    """The weight (out, in) of a layer that is adapted or can be; while it is merged, the merged one."""
+    module = model.get_submodule(name)
+    if isinstance(module, LoraLayer):
+        return module.matrix
+    kind = kind_of(module)
+    assert kind is not None
+    return kind.matrix_of(module)
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
@@ -113,28 +146,101 @@ def _targets(
     names: Mapping[str, str],
     whole: Sequence[str],
     skip: Sequence[str],
-) -> dict[str, str]:
-    """Layer → the first entry of `lora.targets` that matches it, in the model's order."""
-    linears = [name for name in dict.fromkeys(names.values()) if isinstance(model.get_submodule(name), nn.Linear)]
-    free = [name for name in linears if not is_inside(name, whole)]
-    chosen: dict[str, str] = {}
+) -> tuple[dict[str, tuple[str, tuple[str, ...]]], tuple[str, ...]]:
+    """Layer → the first entry of `lora.targets` that matches it and its parts, in the model's order; and `left_out`."""
+    kinds = {name: kind_of(model.get_submodule(name)) for name in dict.fromkeys(names.values())}
+    free = [name for name, kind in kinds.items() if kind and not is_inside(name, whole)]
+    opaque = [
+        name for name, kind in kinds.items() if not kind and _has_matrix(model, name) and not is_inside(name, whole)
+    ]
+    chosen: dict[str, tuple[str, tuple[str, ...]]] = {}
+    left_out: set[str] = set()
+    found: dict[str, tuple[str, ...]]
     for entry in spec.targets:
         if entry == ALL_LINEAR:
-            found = {name for name in free if not is_inside(name, skip)}
+            linears = [name for name in free if (kind := kinds[name]) and kind.is_projection]
+            left_out |= {name for name in linears if is_inside(name, skip)}
+            found = {name: () for name in [*linears, *opaque] if not is_inside(name, skip)}
         else:
-            found = _matching("lora.targets", groups.get(entry, [entry]), names)
-        if not found:
-            options = [*groups, ALL_LINEAR, *(_without_index(name) for name in free)]
-            raise UnknownName("lora.targets", entry, options, "layer")
-        if found.isdisjoint(linears):
-            name = min(found)
-            raise ConfigError("lora.targets", entry, f"'{name}' is a {_class(model, name)}; only Linear can be adapted")
-        if found.isdisjoint(free):
-            raise ConfigError("lora.targets", entry, f"'{min(found)}' trains whole already; name other layers")
+            found = _with_parts(entry, groups.get(entry, [entry]), names)
+        if found.keys().isdisjoint(free):
+            raise _refusal(model, entry, found, kinds, [*groups, ALL_LINEAR, *_shown(free, kinds)])
+        left_out |= found.keys() & set(opaque)
         for name in free:
-            if name in found:
-                chosen.setdefault(name, entry)
-    return {name: chosen[name] for name in free if name in chosen}
+            if name in found and chosen.setdefault(name, (entry, found[name]))[1] != found[name]:
+                raise _overlap(entry, chosen[name][0], name)
+    ends = dict.fromkeys(_without_index(name) for name in kinds if name in left_out)
+    return {name: chosen[name] for name in free if name in chosen}, tuple(ends)
+
+
+def _with_parts(entry: str, patterns: Iterable[str], names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Module → its parts, for all that the patterns of one entry match."""
+    found: dict[str, tuple[str, ...]] = {}
+    for pattern in patterns:
+        end, colon, text = (pattern, "", "") if pattern.startswith("re:") else pattern.partition(":")
+        parts = tuple(text.split("+")) if colon else ()
+        for name in sorted(_matching("lora.targets", [end], names)):
+            if found.setdefault(name, parts) != parts:
+                raise _overlap(entry, pattern, name)
+    return found
+
+
+def _overlap(entry: str, other: str, name: str) -> ConfigError:
+    # Which one wins would be a guess.
+    return ConfigError("lora.targets", entry, f"'{other}' takes other parts of {name}; name them in one entry")
+
+
+def _refusal(
+    model: nn.Module, entry: str, found: Collection[str], kinds: Mapping[str, object], options: Sequence[str]
+) -> ConfigError:
+    """Why none of the modules that `entry` matches can be adapted."""
+    owners = {name.rpartition(".")[0] for name, _ in model.named_parameters() if f".{name}".endswith(f".{entry}")}
+    experts = sorted(name for name in {*found, *owners} if _has_experts(model, name))
+    if experts:
+        (inner, weight), *_ = model.get_submodule(experts[0]).named_parameters()
+        reason = (
+            f"all experts in one {weight.ndim}-D parameter ({inner}), which no adapter here reaches; target attention"
+        )
+        return ConfigError("lora.targets", entry, f"'{experts[0]}' keeps {reason}")
+    if not found:
+        return UnknownName("lora.targets", entry, options, "layer")
+    name = min(found)
+    if any(kinds[name] for name in found):
+        return ConfigError("lora.targets", entry, f"'{name}' trains whole already; name other layers")
+    return ConfigError("lora.targets", entry, f"'{name}' is a {_class(model, name)}; only {_KINDS} can be adapted")
+
+
+def _shown(names: Iterable[str], kinds: Mapping[str, type[LoraLayer] | None]) -> Iterator[str]:
+    """Names to choose from, short enough to list: embeddings stand alone, other layers repeat in each block."""
+    for name in names:
+        kind = kinds[name]
+        yield _without_index(name) if kind and kind.is_projection else name.rpartition(".")[2]
+
+
+def _has_matrix(model: nn.Module, name: str) -> bool:
+    """Whether a module multiplies by a parameter of its own; an embedding only looks up in it."""
+    module = model.get_submodule(name)
+    own = module.parameters(recurse=False)
+    return not isinstance(module, nn.Embedding) and any(parameter.ndim > 1 for parameter in own)
+
+
+def _has_experts(model: nn.Module, name: str) -> bool:
+    own = list(model.get_submodule(name).parameters(recurse=False))
+    return any(parameter.ndim == 3 for parameter in own) and "expert" in name
+
+
+def _check_parts(model: nn.Module, name: str, layer: LayerPlan, spec: LoraSpec) -> int:
+    """The number of outputs of the smallest part."""
+    placement = placement_of(model, name, layer.parts, matrix_of(model, name).shape[0])
+    if VARIANTS[spec.variant].parameters:
+        raise ConfigError("lora.variant", spec.variant, f"not for parts of a fused projection ({name}); adapt it whole")
+    # On disk the parts are one update of rank k·r, and must be allowed as such.
+    num_parts = len(layer.parts)
+    if num_parts * layer.r > MAX_RANK:
+        raise ConfigError("lora.r", layer.r, f"at most {MAX_RANK // num_parts} for each of {num_parts} parts")
+    if num_parts * layer.alpha > MAX_SCALING:
+        raise ConfigError("lora.alpha", layer.alpha, f"at most {MAX_SCALING / num_parts:g} for {num_parts} parts")
+    return int(placement.part.bincount().min())
 
 
 def _saved_whole(spec: LoraSpec, names: Mapping[str, str]) -> list[str]:

@@ -25,10 +25,18 @@ SCALINGS: dict[str, Callable[[float, int], float]] = {
 class Adapted(Protocol):
     """What a variant needs of a layer: its frozen base, the update, and somewhere to keep parameters."""
 
-    base_layer: nn.Linear
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The base's bias, which no variant scales."""
+        ...
 
-    def delta_weight(self) -> Tensor:
-        """s·B·A in the base's layout, fp32."""
+    @property
+    def matrix(self) -> Tensor:
+        """The base weight as (out, in), whatever its layout."""
+        ...
+
+    def delta_matrix(self) -> Tensor:
+        """s·B·A as (out, in), fp32."""
         ...
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -55,7 +63,7 @@ class Variant(Protocol):
         ...
 
     def merged_weight(self, layer: Adapted) -> Tensor:
-        """The one weight, fp32, in the base's layout, that computes what `combine` does."""
+        """The one weight (out, in), fp32, that computes what `combine` does."""
         ...
 
 
@@ -73,7 +81,7 @@ class Lora:
 
     def merged_weight(self, layer: Adapted) -> Tensor:
         """W + s B A."""
-        return layer.base_layer.weight.float() + layer.delta_weight()
+        return layer.matrix.float() + layer.delta_matrix()
 
 
 class DoRA:
@@ -90,24 +98,24 @@ class DoRA:
 
     def prepare(self, layer: Adapted) -> None:
         """Adds `magnitude`, the row lengths of W: at B = 0 the factor is 1."""
-        lengths = _row_lengths(layer.base_layer.weight.detach().float())
+        lengths = _row_lengths(layer.matrix.detach().float())
         layer.register_parameter("magnitude", nn.Parameter(lengths))
 
     def combine(self, layer: Adapted, base: Tensor, update: Tensor) -> Tensor:
         """Rows of base + update scaled to their learnt lengths, except the bias."""
         factor = self._factor(layer)
         scaled = (base + update) * factor.to(base.dtype)
-        bias = layer.base_layer.bias
+        bias = layer.bias
         return scaled if bias is None else scaled + (bias * (1 - factor)).to(base.dtype)
 
     def merged_weight(self, layer: Adapted) -> Tensor:
         """m (W + s B A) / ||W + s B A||."""
-        direction = layer.base_layer.weight.float() + layer.delta_weight()
+        direction = layer.matrix.float() + layer.delta_matrix()
         return direction * self._factor(layer)[:, None]
 
     def _factor(self, layer: Adapted) -> Tensor:
         with torch.no_grad():
-            lengths = _row_lengths(layer.base_layer.weight.float() + layer.delta_weight())
+            lengths = _row_lengths(layer.matrix.float() + layer.delta_matrix())
         return layer.get_parameter("magnitude") / lengths
 
 

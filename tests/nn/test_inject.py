@@ -23,7 +23,7 @@ from lora_cli.nn.inject import (
 )
 from lora_cli.spec import LoraSpec
 
-from .models import FAMILIES, FRESH, QUERY_VALUE, logits, tiny, trained
+from .models import FAMILIES, FRESH, LM_CONFIGS, QUERY_VALUE, lm_logits, logits, tiny, tiny_lm, trained
 
 GROUPS = {
     "default": ["query", "value"],
@@ -240,6 +240,99 @@ def test_tied_weight_is_refused_by_name() -> None:
         adapt(model, modules_to_save=["word_embeddings"], fresh=())
     inject(model, LoraSpec(targets=["all-linear"]), groups={}, skip=["cls.predictions.decoder"])
     assert "cls.predictions.decoder" not in adapted_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "other"),
+    [
+        ("gpt2", "wte", "lm_head"),
+        ("gpt2", "lm_head", "transformer.wte"),
+        ("t5", "shared", "encoder.embed_tokens"),
+        ("bart", "decoder.embed_tokens", "model.shared"),
+        ("gemma", "embed_tokens", "lm_head"),
+    ],
+)
+def test_tied_embedding_is_refused_by_name(family: str, target: str, other: str) -> None:
+    model = tiny_lm(family)
+    with pytest.raises(ConfigError, match=rf"lora.targets=.*{target}: shares its weight with '{other}'"):
+        inject(model, LoraSpec(targets=[target], r=2), groups={})
+    assert not adapted_layers(model)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma", "llama"])
+def test_untied_embeddings_can_be_adapted(family: str) -> None:
+    model = tiny_lm(family, tie_word_embeddings=False)
+    before = lm_logits(model)
+    targets = ["wte" if family == "gpt2" else "embed_tokens", "lm_head"]
+    inject(model, LoraSpec(targets=targets, r=2, alpha=3.0), groups={})
+    assert torch.equal(lm_logits(model), before)
+    trained(model)
+    after = lm_logits(model)
+    merge(model)
+    torch.testing.assert_close(lm_logits(model), after, rtol=1e-4, atol=1e-4)
+    unmerge(model)
+    assert torch.equal(lm_logits(model), after)
+
+
+@pytest.mark.parametrize("family", ["opt", "bart"])
+def test_position_table_that_counts_by_itself_is_refused(family: str) -> None:
+    with pytest.raises(ConfigError, match="LearnedPositionalEmbedding; only Linear, Conv1D, Embedding can be adapted"):
+        inject(tiny_lm(family), LoraSpec(targets=["embed_positions"], r=2), groups={})
+
+
+EXPERTS = {"mlp": ["mlp.experts"], "default": ["q_proj", "v_proj"]}
+
+
+@pytest.mark.parametrize("target", ["mlp", "experts", "mlp.experts", "experts.gate_up_proj", "down_proj", "re:.*mlp.*"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_in_one_parameter_are_refused_with_the_reason(family: str, target: str) -> None:
+    with pytest.raises(ConfigError, match=r"layers.0.mlp.experts' keeps all experts in one 3-D parameter") as error:
+        inject(tiny_lm(family), LoraSpec(targets=[target], r=2), groups=EXPERTS)
+    assert len(str(error.value)) <= 300
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_all_linear_says_that_it_leaves_out_experts_and_the_output(family: str) -> None:
+    injection = inject(tiny_lm(family), LoraSpec(targets=["all-linear"], r=2), groups={}, skip=["lm_head"])
+    assert {name.rpartition(".")[2] for row in injection.rows for name in row.modules} == {
+        f"{part}_proj" for part in "qkvo"
+    }
+    assert set(injection.left_out) == {"mlp.experts", "mlp.gate", "lm_head"}
+
+
+def test_all_linear_takes_gpt2s_projections_and_no_embedding() -> None:
+    injection = inject(tiny_lm("gpt2"), LoraSpec(targets=["all-linear"], r=2), groups={}, skip=["lm_head"])
+    assert {name.split(".", 3)[3] for row in injection.rows for name in row.modules} == {
+        "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"
+    }  # fmt: skip
+    assert injection.left_out == ("lm_head",)
+
+
+def test_named_targets_leave_nothing_out() -> None:
+    assert inject(tiny_lm("mixtral"), LoraSpec(targets=["default"], r=2), groups=EXPERTS).left_out == ()
+
+
+@pytest.mark.parametrize("family", LM_CONFIGS)
+def test_all_linear_merges_in_every_family(family: str) -> None:
+    model = tiny_lm(family)
+    before = lm_logits(model)
+    inject(model, LoraSpec(targets=["all-linear"], r=2, variant="dora"), groups={}, skip=["lm_head"])
+    torch.testing.assert_close(lm_logits(model), before, rtol=1e-5, atol=1e-5)
+    trained(model)
+    after = lm_logits(model)
+    merge(model)
+    torch.testing.assert_close(lm_logits(model), after, rtol=1e-3, atol=1e-3)
+    unmerge(model)
+    assert torch.equal(lm_logits(model), after)
+
+
+def test_trained_bias_of_a_conv1d_leaves_its_weight_narrow() -> None:
+    model = tiny_lm("gpt2").bfloat16()
+    inject(model, LoraSpec(targets=["c_attn:q+v", "mlp.c_fc"], r=2, bias="lora_only"), groups={})
+    for layer in adapted_layers(model).values():
+        assert (layer.base_layer.weight.dtype, layer.bias.dtype) == (torch.bfloat16, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lm_logits(model).isfinite().all()
 
 
 def test_module_with_untrained_state_is_refused() -> None:

@@ -17,7 +17,7 @@ from lora_cli.nn.adapter import load_adapter, save_adapter
 from lora_cli.nn.inject import adapted_layers, inject, merge
 from lora_cli.spec import LoraSpec
 
-from .models import FAMILIES, FRESH, QUERY_VALUE, logits, tiny, trained
+from .models import FAMILIES, FRESH, LM_CONFIGS, QUERY_VALUE, lm_logits, logits, tiny, tiny_lm, trained
 
 # PEFT asks the hub for the base's config when it saves; there is no hub in a test.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -196,3 +196,81 @@ def test_minimal_config_and_narrow_tensors_load(tmp_path: Path) -> None:
     injection = load_adapter(model, tmp_path, fresh=["classifier"], fingerprint=None)
     assert injection.trained_whole == ("classifier",)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+LM_CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
+    "conv1d": ("gpt2", ["c_attn", "c_fc"], {}),
+    "conv1d, dora": ("gpt2", ["c_attn", "mlp.c_proj"], {"variant": "dora"}),
+    "conv1d, biases": ("gpt2", ["c_attn"], {"bias": "all", "scaling": "alpha/sqrt(r)"}),
+    "embedding": ("llama", ["embed_tokens"], {}),
+    "embedding and output": ("llama", ["embed_tokens", "lm_head", "q_proj"], {"scaling": "alpha/sqrt(r)"}),
+    "embedding, dora": ("opt", ["embed_tokens", "v_proj"], {"variant": "dora"}),
+    "gpt2's embeddings": ("gpt2", ["wte", "wpe"], {"variant": "dora"}),
+    "scaled embedding": ("gemma", ["embed_tokens"], {}),
+    "scaled embedding, dora": ("gemma3_text", ["embed_tokens", "o_proj"], {"variant": "dora"}),
+    "encoder-decoder": ("t5", ["q", "v", "wo"], {}),
+    "two stacks": ("bart", ["fc1", "q_proj"], {"bias": "lora_only"}),
+    "relative positions": ("t5", ["relative_attention_bias"], {"r": 2}),
+    "falcon": ("falcon", ["query_key_value"], {}),
+    "beside experts": ("mixtral", ["q_proj", "v_proj"], {}),
+}
+
+
+def untied(family: str) -> nn.Module:
+    return tiny_lm(family, tie_word_embeddings=False)
+
+
+def assert_same_lm_logits(one: nn.Module, other: nn.Module) -> None:
+    torch.testing.assert_close(lm_logits(one.double()), lm_logits(other.double()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", LM_CASES)
+def test_generation_adapters_are_the_same_in_peft_and_come_back(case: str, tmp_path: Path) -> None:
+    family, targets, spec = LM_CASES[case]
+    model, again = untied(family), untied(family)
+    injection = inject(model, LoraSpec(**({"r": 3, "alpha": 4.5, "targets": targets} | spec)), groups={})
+    save(trained(model), injection, tmp_path / "adapter", "CAUSAL_LM")
+    load_adapter(again, tmp_path / "adapter", fresh=[], fingerprint=None)
+    assert torch.equal(lm_logits(again), lm_logits(model))
+    assert_same_lm_logits(into_peft(untied(family), tmp_path / "adapter"), model)
+
+
+@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out", "ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("case", LM_CASES)
+def test_we_compute_what_pefts_generation_adapters_do(case: str, tmp_path: Path) -> None:
+    family, targets, spec = LM_CASES[case]
+    config = {"use_dora": spec.get("variant") == "dora", "use_rslora": "scaling" in spec, "r": spec.get("r", 3)}
+    peft = from_peft(
+        untied(family), tmp_path, target_modules=targets, task_type=None, bias=spec.get("bias", "none"), **config
+    )
+    model = untied(family)
+    injection = load_adapter(model, tmp_path, fresh=[], fingerprint=None)
+    assert {name.rpartition(".")[2] for row in injection.rows for name in row.modules} == {
+        target.rpartition(".")[2] for target in targets
+    }
+    assert_same_lm_logits(model, peft)
+
+
+@pytest.mark.parametrize("family", LM_CONFIGS)
+def test_peft_adapts_all_linear_layers_as_we_do(family: str, tmp_path: Path) -> None:
+    model = tiny_lm(family)
+    injection = inject(model, LoraSpec(r=2, alpha=3.0, targets=["all-linear"]), groups={}, skip=["lm_head"])
+    save(trained(model), injection, tmp_path / "adapter", None)
+    assert_same_lm_logits(into_peft(tiny_lm(family), tmp_path / "adapter"), model)
+
+
+def test_adapter_of_a_tied_embedding_is_refused_by_name(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own, on the tie
+        from_peft(tiny_lm("gpt2"), tmp_path, target_modules=["wte"], task_type=None)
+    with pytest.raises(AdapterError, match=r"transformer.wte: shares its weight with 'lm_head'"):
+        load_adapter(tiny_lm("gpt2"), tmp_path, fresh=[], fingerprint=None)
+
+
+def test_all_linear_as_a_word_leaves_out_the_output_embedding(tmp_path: Path) -> None:
+    from_peft(tiny_lm("llama"), tmp_path, target_modules="all-linear", task_type=None)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": "all-linear"}))
+    model = tiny_lm("llama")
+    load_adapter(model, tmp_path, fresh=[], fingerprint=None)
+    assert len(adapted_layers(model)) == 2 * 7
