@@ -173,10 +173,13 @@ def _job(cfg: Any, literals: Mapping[str, str]) -> Job:
     typed = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     assert isinstance(typed, list)
     sweeping = hydra.mode == RunMode.MULTIRUN
-    directory = Path(hydra.runtime.output_dir)
+    directory, here = Path(hydra.runtime.output_dir), Path.cwd()
+    own = sweeping or directory != here
+    if directory.is_relative_to(here):
+        directory = directory.relative_to(here)
     return Job(
         spec=lambda: dataclasses.replace(_validated(cfg), **literals),
-        directory=directory if sweeping or directory != Path.cwd() else None,
+        directory=directory if own else None,
         overrides=tuple(map(str, typed)),
         sweep_number=int(hydra.job.num) if sweeping else None,
     )

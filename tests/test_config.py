@@ -66,7 +66,7 @@ def test_a_folder_of_ones_own_is_handed_on(compose) -> None:
     (alone,) = compose("train")
     assert alone[1].directory is None
     (chosen,) = compose("train", "hydra.run.dir=my runs/é, r=${lora.r}")
-    assert chosen[1].directory == Path("my runs/é, r=8").resolve()
+    assert chosen[1].directory == Path("my runs/é, r=8")
 
 
 LITERALS = ["???", "${x}", "a=b,c", "${oc.env:HOME}", "null", "[a", "'", '"', "\\", "", " ", "a\nb", "--help", "~x"]
