@@ -293,6 +293,7 @@ def _overrides(args: argparse.Namespace) -> list[str]:
         f"train.batch_size={args.batch}",
         f"train.length_window={args.length_window}",
         f"task.data.train_limit={args.rows}",
+        *args.set,
     ]
 
 
@@ -370,6 +371,7 @@ def _parser() -> argparse.ArgumentParser:
         "--length-window", type=int, default=TrainSpec().length_window, help="ours: train.length_window; 1: as the peer"
     )
     parser.add_argument("--dropout", type=float, default=0.1, help="of the adapter; 0: none in the base model either")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="more keys of lora train, for both")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of torch, for both")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"), help="results")
     parser.add_argument("--peer", type=Path, metavar="RUN", help="only train the peer as the run folder RUN says")
