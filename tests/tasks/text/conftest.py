@@ -1,8 +1,20 @@
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stderr
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+
+@pytest.fixture(scope="session")
+def rouge_scorer() -> ModuleType:
+    """The module of the package rouge-score."""
+    # It imports absl, which keeps the stderr it finds and closes it when logging is configured anew: not pytest's.
+    with redirect_stderr(sys.__stderr__):
+        from rouge_score import rouge_scorer
+    return rouge_scorer
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import mean
+from types import ModuleType
 
 import pytest
 from hypothesis import given, settings
@@ -16,37 +18,41 @@ OURS = {"rouge1": rouge_1, "rouge2": rouge_2, "rougeL": rouge_l, "rougeLsum": ro
 LINES = st.lists(st.lists(st.sampled_from("abcd"), max_size=6).map(" ".join), min_size=1, max_size=4).map("\n".join)
 
 
-def peer(name: str, texts: list[str], references: list[list[str]]) -> float:
-    from rouge_score.rouge_scorer import RougeScorer
+@pytest.fixture(scope="session")
+def peer(rouge_scorer: ModuleType) -> Callable[[str, list[str], list[list[str]]], float]:
+    """The mean F1 in percent by rouge-score."""
 
-    scorer = RougeScorer([name], use_stemmer=True)
-    pairs = zip(texts, references, strict=True)
-    return 100 * mean(scorer.score_multi(targets, text)[name].fmeasure for text, targets in pairs)
+    def score(name: str, texts: list[str], references: list[list[str]]) -> float:
+        scorer = rouge_scorer.RougeScorer([name], use_stemmer=True)
+        pairs = zip(texts, references, strict=True)
+        return 100 * mean(scorer.score_multi(targets, text)[name].fmeasure for text, targets in pairs)
+
+    return score
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_scores_are_rouge_scores(name):
+def test_scores_are_rouge_scores(peer, name):
     assert OURS[name](PREDICTIONS, REFERENCES) == pytest.approx(peer(name, PREDICTIONS, REFERENCES))
 
 
 @pytest.mark.parametrize("name", OURS)
 @settings(max_examples=30, deadline=None)
 @given(ROWS)
-def test_scores_of_any_texts_are_rouge_scores(name, rows: Rows):
+def test_scores_of_any_texts_are_rouge_scores(peer, name, rows: Rows):
     texts, references = split([*rows, ("a", ["a"])])
     assert OURS[name](texts, references) == pytest.approx(peer(name, texts, references))
 
 
 @settings(max_examples=100, deadline=None)
 @given(LINES, st.lists(LINES, min_size=1, max_size=2))
-def test_lsum_of_many_sentences_is_rouge_scores(text, targets):
+def test_lsum_of_many_sentences_is_rouge_scores(peer, text, targets):
     rows = [text, "a"], [targets, ["a"]]
     assert rouge_lsum(*rows) == pytest.approx(peer("rougeLsum", *rows))
 
 
 @pytest.mark.mirror
 @pytest.mark.parametrize("name", OURS)
-def test_scores_of_samsum_are_rouge_scores(name, mirror):
+def test_scores_of_samsum_are_rouge_scores(peer, name, mirror):
     import pyarrow.parquet as parquet
 
     path = mirror / "datasets/knkarthick/samsum/default/test-00000-of-00001.parquet"
