@@ -19,6 +19,7 @@ from lora_cli.spec import VERBS
 
 __all__ = ["main"]
 
+_OUT_OF_MEMORY = "out of memory; a smaller train.batch_size or task.max_length needs less"
 _RUN_VERBS = ("eval", "infer")
 """Verbs that take task and model from a saved run."""
 
@@ -43,13 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except MemoryError:
         _debug()
-        return _complain(verb, "out of memory; a smaller train.batch_size or task.max_length needs less", 1)
+        return _complain(verb, _OUT_OF_MEMORY, 1)
     except OSError as error:
         _debug()
         where = f"{error.filename}: " if error.filename else ""
         return _complain(verb, f"{where}{error.strerror or error}", 1)
     except Exception as error:
         _debug()
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            return _complain(verb, _OUT_OF_MEMORY, 1)
         text = f"internal error: {type(error).__name__}: {error} (LORA_DEBUG=1 shows the traceback)"
         return _complain(verb, text, 1)
 
@@ -113,6 +116,8 @@ def _saved_groups(verb: str, words: Sequence[str]) -> Mapping[str, Mapping[str, 
     named = next((word.partition("=")[2].strip("'\"") for word in words if word.startswith("run=")), None)
     if verb not in _RUN_VERBS or not named:
         return {}
+    if "," in named and {"-m", "--multirun"} & set(words) and not Path(named).exists():
+        raise UserError(f"run={named}: one run at a time; -m sweeps over the other keys")
     saved = read_saved_config(find_run(named))
     return {group: saved[group] for group in SAVED_GROUPS if group in saved}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ class Saved:
     device: Device
     batch_size: int
     """Examples per forward pass; by default the run's own, so that its figures come out to the last digit."""
+    data: Mapping[str, Any]
+    """What the run saw: split → number and fingerprint of its rows."""
     data_seed: int
     """What the run drew its validation rows with, where a data set brings none."""
 
@@ -80,4 +83,14 @@ def open_saved(spec: EvalRun | InferRun) -> Saved:
     saved_tokenizer = None if folder is None else folder.tokenizer
     tokenizer = load_tokenizer(saved_tokenizer) if saved_tokenizer and saved_tokenizer.is_dir() else base.tokenizer
     batch_size = spec.batch_size or int(facts.get("eval_batch_size", 64))
-    return Saved(path, folder, task, base.model, tokenizer, device, batch_size, int(facts.get("data_seed", 0)))
+    return Saved(
+        path,
+        folder,
+        task,
+        base.model,
+        tokenizer,
+        device,
+        batch_size,
+        facts.get("data", {}),
+        int(facts.get("data_seed", 0)),
+    )

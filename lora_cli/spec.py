@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -113,6 +114,10 @@ class TaskSpec:
 
     def __post_init__(self) -> None:
         _at_least("task.max_length", self.max_length, 4)
+        for split in (self.split, *self.extra_splits):
+            # A split names files of a run, and a run's config may come from anybody.
+            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", split, re.ASCII):
+                raise ConfigError("task.split", split, "a plain name, such as validation")
 
 
 @dataclass(kw_only=True)

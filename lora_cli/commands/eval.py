@@ -40,6 +40,11 @@ def run(spec: EvalRun, *, directory: Path | None = None, overrides: Sequence[str
     screen.fact("run", str(saved.path))
     screen.fact(split, f"{len(rows):,} rows of {spec.task.name}")
     screen.fact("device", str(saved.device))
+    seen = saved.data.get(split, {})
+    if seen and seen["fingerprint"] != rows.fingerprint:
+        screen.warning(f"not the {seen['rows']:,} {split} rows that the run was scored on: limits or data differ")
+    if encoded.num_truncated or encoded.num_empty:
+        screen.fact("texts", f"{encoded.num_truncated:,} cut, {encoded.num_empty:,} empty")
     scorer = evaluate(saved.model, saved.task, encoded.examples, device=saved.device, batch_size=saved.batch_size)
     metrics = scorer.result()
     for name, reason in scorer.undefined.items():

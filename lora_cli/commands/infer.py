@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import queue
@@ -11,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.errors import ConfigError
+from lora_cli.errors import ConfigError, DataError
+from lora_cli.screen import Screen
 from lora_cli.spec import InferRun
 from lora_cli.tasks.rows import Rows, stream
-from lora_cli.tasks.writing import write_rows
+from lora_cli.tasks.writing import check_format, write_rows
 
 if TYPE_CHECKING:
     from lora_cli.saved import Saved
@@ -33,8 +35,11 @@ def run(spec: InferRun, *, directory: Path | None = None, overrides: Sequence[st
     Raises:
         UserError: the run, the input or the output cannot be used.
     """
+    _check_files(spec)
     from lora_cli.saved import open_saved
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # JSON lines are UTF-8, whatever the terminal is
     saved = open_saved(spec)
     rows = _rows(spec, saved)
     if spec.input == "-":
@@ -48,6 +53,16 @@ def run(spec: InferRun, *, directory: Path | None = None, overrides: Sequence[st
     for answer in answers:
         sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
         sys.stdout.flush()
+
+
+def _check_files(spec: InferRun) -> None:
+    """Refuse files that cannot be read or written before a model is loaded."""
+    if spec.input not in (None, "-") and not Path(str(spec.input)).exists():
+        raise DataError(spec.input, "no such file")
+    if spec.output is not None:
+        check_format(Path(spec.output))
+        if spec.input is not None and Path(spec.output).resolve() == Path(spec.input).resolve():
+            raise ConfigError("output", spec.output, "is the input, which would be lost")
 
 
 def _rows(spec: InferRun, saved: Saved) -> Iterator[Row]:
@@ -94,7 +109,10 @@ def _answers(saved: Saved, chunk: Sequence[Row]) -> Iterator[dict[str, Any]]:
     from lora_cli.engine.evaluate import predict
 
     found = Rows([row for _, row in chunk], source="", separator="", numbers=[where for where, _ in chunk])
-    examples = saved.task.encode_texts(found, saved.tokenizer).examples
+    encoded = saved.task.encode_texts(found, saved.tokenizer)
+    examples = encoded.examples
+    if encoded.num_truncated or encoded.num_empty:
+        Screen().warning(f"{encoded.num_truncated:,} texts cut, {encoded.num_empty:,} empty")
     answers: dict[int, dict[str, Any]] = {}
     batches = predict(saved.model, saved.task, examples, device=saved.device, batch_size=saved.batch_size)
     for indices, logits, _ in batches:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_cli.config import to_plain
+from lora_cli.errors import RunError
 from lora_cli.runs.directory import RunDirectory, atomic_folder, write_atomic
 from lora_cli.runs.registry import run_of
 from lora_cli.runs.report import model_card
@@ -41,12 +42,13 @@ def run(spec: TrainRun, *, directory: Path | None = None, overrides: Sequence[st
     started, screen, config = time.perf_counter(), Screen(), to_plain(spec)
     check_tracker(spec.tracker)
     kept = run_of(config, directory) if spec.resume == "auto" else None
-    if kept is not None and kept.facts()["status"] == "finished":
-        return _report(screen, kept, kept.facts()["metrics"], spec.task)
     if kept is None and directory is not None:
         RunDirectory.check_free(directory)
     task = build_task(spec.task)
     rows = _load_rows(spec, task, screen)
+    if kept is not None and kept.facts()["status"] == "finished":
+        _check_same_rows(kept, rows)
+        return _report(screen, kept, kept.facts()["metrics"], spec.task)
 
     from lora_cli.engine import checkpoint
     from lora_cli.experiment import Experiment
@@ -92,6 +94,13 @@ def _load_rows(spec: TrainRun, task: Classification, screen: Screen) -> dict[str
         if found.num_unlabelled:
             screen.warning(f"{found.num_unlabelled:,} {split} rows without a gold label are left out")
     return rows
+
+
+def _check_same_rows(folder: RunDirectory, rows: Mapping[str, Rows]) -> None:
+    known = folder.facts()["data"]
+    changed = [split for split, found in rows.items() if known[split]["fingerprint"] != found.fingerprint]
+    if changed:
+        raise RunError(f"{folder.path}: finished on other data, {' and '.join(changed)} changed since; start a new run")
 
 
 def _scored_splits(spec: TrainRun) -> list[str]:

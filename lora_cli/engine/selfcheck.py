@@ -34,7 +34,10 @@ class Movement:
         ]
         moved = [name for name, version in self._frozen.items() if parameters[name]._version != version]
         if stuck:
-            raise TrainingFailure(f"self-check: {_some(stuck)} should train but did not move in the first steps")
+            hint = "a tiny train.lr does that too"
+            raise TrainingFailure(
+                f"self-check: {_some(stuck)} should train but did not move in the first steps; {hint}"
+            )
         if moved:
             raise TrainingFailure(f"self-check: {_some(moved)} is frozen but changed in the first steps")
 

@@ -105,6 +105,8 @@ class RunDirectory:
     def update(self, **facts: Any) -> None:
         """Merge `facts` into run.json."""
         known = read_json(self.path / "run.json") if (self.path / "run.json").exists() else {}
+        if facts.get("status") == "running":
+            known.pop("error", None)
         write_json(self.path / "run.json", known | facts)
 
     def facts(self) -> dict[str, Any]:
@@ -147,7 +149,9 @@ class RunDirectory:
     def finish(self, **facts: Any) -> None:
         """Mark the run finished and let runs/latest point to it."""
         self.update(status="finished", finished=_now(), **facts)
-        point_latest(self.path)
+        # A finished run is not to fail over a link: the folder's name stays.
+        with contextlib.suppress(OSError):
+            point_latest(self.path)
 
 
 def signature(config: Mapping[str, Any]) -> str:

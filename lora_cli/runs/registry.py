@@ -34,7 +34,7 @@ def find_run(name: str) -> Path:
     # A sweep's jobs are named by the sweep and their number, such as 2026-11-22_sweep/3.
     runs = {file.parent.relative_to(_ROOT).as_posix(): file.parent for file in sorted(_ROOT.glob("**/run.json"))}
     runs = {own: run for own, run in runs.items() if run.parts[1] != "latest"}
-    found = [run for own, run in runs.items() if own.startswith(name)]
+    found = [runs[name]] if name in runs else [run for own, run in runs.items() if own.startswith(name)]
     if not found:
         raise UnknownName("run", name, ["latest", *runs], "run")
     if len(found) > 1:

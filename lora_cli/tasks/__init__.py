@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_cli.errors import UnknownName
+from lora_cli.errors import ConfigError, UnknownName
 from lora_cli.spec import ClassificationSpec, TaskSpec
 from lora_cli.tasks.classification import Classification
 from lora_cli.tasks.encoding import Encoded
@@ -26,5 +26,7 @@ def build_task(spec: TaskSpec, labels: Sequence[str] | None = None) -> Classific
     """
     if spec.kind not in KINDS:
         raise UnknownName("task.kind", spec.kind, KINDS, "kind of task")
-    assert isinstance(spec, ClassificationSpec)
+    if not isinstance(spec, ClassificationSpec):
+        line = f"defaults: [/schema/task/{spec.kind}@_here_, _self_]"
+        raise ConfigError("task", spec.name, f"its file has to begin with {line}")
     return KINDS[spec.kind](spec, labels=labels)

@@ -25,9 +25,6 @@ class Classification:
     candidate columns', else unknown until `fit_labels`; a regression task has none.
     """
 
-    greater_is_better = True
-    """Of every metric here but the loss."""
-
     def __init__(self, spec: ClassificationSpec, *, labels: Sequence[str] | None = None) -> None:
         self.spec = spec
         self.labels: tuple[str, ...] | None = None

@@ -57,7 +57,10 @@ def label_ids(cells: Sequence[Cell], names: Sequence[str], rows: Rows) -> list[i
         DataError: a label is neither.
     """
     ids = {name: number for number, name in enumerate(names)}
-    if not any(_INTEGER.fullmatch(name) for name in names):
+    said = {name.lower(): number for name, number in ids.items()}
+    if any(isinstance(cell, bool) for cell in cells) and said.keys() & {"true", "false"}:
+        ids = said
+    elif not any(_INTEGER.fullmatch(name) for name in names):
         ids = {str(number): number for number in range(len(names))} | ids
         if len(names) == 2:
             ids = {"false": 0, "true": 1} | ids

@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_cli.errors import ConfigError
 
-__all__ = ["write_rows"]
+__all__ = ["check_format", "write_rows"]
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\0")
 """First characters that make a spreadsheet run a cell as a formula (OWASP, CWE-1236)."""
@@ -23,8 +23,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         ConfigError: no such format. Nothing has been read from `rows` by then.
     """
-    if path.suffix not in _WRITERS:
-        raise ConfigError("output", path, f"ends with one of {', '.join(_WRITERS)}")
+    check_format(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -32,6 +31,18 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_format(path: Path) -> None:
+    """Refuse a file that `write_rows` cannot write.
+
+    Raises:
+        ConfigError: its ending names no format, or it is a folder.
+    """
+    if path.suffix not in _WRITERS:
+        raise ConfigError("output", path, f"ends with one of {', '.join(_WRITERS)}")
+    if path.is_dir():
+        raise ConfigError("output", path, "is a folder; a file is written")
 
 
 def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -123,3 +123,9 @@ def test_numbers_may_be_written_as_text() -> None:
 def test_what_is_no_number_is_refused_for_regression(label: object) -> None:
     with pytest.raises(DataError, match=r"data.csv:1: label .* is not a number"):
         label_numbers(rows_of(label), "label")
+
+
+def test_true_and_false_are_the_names_that_say_so_in_any_case_and_order():
+    rows = Rows([{"label": True}, {"label": False}], source="data.jsonl")
+    assert label_ids([True, False], ["True", "False"], rows) == [0, 1]
+    assert label_ids([True, False], ["FALSE", "TRUE"], rows) == [1, 0]
