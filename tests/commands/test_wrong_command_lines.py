@@ -85,7 +85,7 @@ CASES = [
     (30, ["train", TINY, "lora.modules_to_save=[nope]"], ["lora.modules_to_save=nope"]),
     (30, ["train", TINY, "model.random={hiden_size:3}"], ["hiden_size", "hidden_size"]),
     (32, ["train", TINY, "model.random={vocab_size:10}"], ["tokenizer does not fit the model", "10"]),
-    (30, ["train", TINY, "model.family=bertt"], ["model.family=bart", "bert"]),
+    (30, ["train", TINY, "model.family=bertt"], ["model.family=bertt", "bert"]),
 ]
 
 
