@@ -35,7 +35,7 @@ from lora_cli.nn import (
 from lora_cli.spec import TrainRun
 from lora_cli.tasks import Classification, Encoded, Rows, Scorer
 
-__all__ = ["Experiment", "seed_of"]
+__all__ = ["Experiment"]
 
 _VERSIONS = ("torch", "transformers", "datasets", "hydra-core", "safetensors")
 _CHECKED = 8
@@ -67,10 +67,8 @@ class Experiment:
         device = open_device(spec.device)
         base = load_base(
             spec.model,
-            num_outputs=task.num_outputs,
-            labels=task.labels if task.num_outputs > 1 else None,
-            problem="regression" if task.spec.regression else "classification",
-            seed=seed_of(spec, "init"),
+            **task.head,
+            seed=spec.seed_for("init"),
             dtype=device.dtype,
         )
         base.model.to(device.device)
@@ -78,7 +76,7 @@ class Experiment:
         before = _logits(task, base, data["train"], device)
         digest = fingerprint(base.model, fresh=base.fresh)
         injection = inject(
-            base.model, spec.lora, groups=base.groups, fresh=base.fresh, skip=base.skip, seed=seed_of(spec, "init")
+            base.model, spec.lora, groups=base.groups, fresh=base.fresh, skip=base.skip, seed=spec.seed_for("init")
         )
         # B = 0 adds exactly 0. DoRA divides by a norm and multiplies by it, the identity only up to rounding.
         rounding = 1e-4 if device.precision == "fp32" else 2e-2
@@ -130,8 +128,8 @@ class Experiment:
             objective=Objective(metric, greater_is_better=metric != "loss"),
             device=self.device,
             recorder=recorder,
-            data_seed=seed_of(self.spec, "data"),
-            dropout_seed=seed_of(self.spec, "dropout"),
+            data_seed=self.spec.seed_for("data"),
+            dropout_seed=self.spec.seed_for("dropout"),
             resume=resume,
         )
         if spec.restore_best and outcome.best is not None:
@@ -199,8 +197,8 @@ class Experiment:
                 "total": injection.num_total,
             },
             "eval_batch_size": self.spec.train.eval_batch_size,
-            "init_seed": seed_of(self.spec, "init"),
-            "data_seed": seed_of(self.spec, "data"),
+            "init_seed": self.spec.seed_for("init"),
+            "data_seed": self.spec.seed_for("data"),
             "device": str(self.device),
             "versions": {"lora": __version__, "python": platform.python_version()} | {n: version(n) for n in _VERSIONS},
         }
@@ -213,12 +211,6 @@ class Experiment:
             "train_s": progress.train_s,
             "peak_memory_mib": self.device.peak_memory_mib(),
         }
-
-
-def seed_of(spec: TrainRun, kind: str) -> int:
-    """The seed for "init", "data" or "dropout": its own key's, else the run's."""
-    own = getattr(spec.train, f"{kind}_seed")
-    return spec.seed if own is None else int(own)
 
 
 def _logits(task: Classification, base: BaseModel, data: Encoded, device: Device) -> torch.Tensor:

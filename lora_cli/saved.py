@@ -66,9 +66,7 @@ def open_saved(spec: EvalRun | InferRun) -> Saved:
     device = open_device(spec.device)
     base = load_base(
         spec.model,
-        num_outputs=task.num_outputs,
-        labels=task.labels if task.num_outputs > 1 else None,
-        problem="regression" if spec.task.regression else "classification",
+        **task.head,
         seed=int(facts.get("init_seed", 0)),
         dtype=device.dtype,
     )

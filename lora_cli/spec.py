@@ -365,6 +365,11 @@ class TrainRun:
         if self.train.metric is not None:
             _one_of("train.metric", self.train.metric, [*self.task.metrics, "loss"], "metric of the task")
 
+    def seed_for(self, kind: str) -> int:
+        """The seed for "init", "data" or "dropout": its own key's, else the run's."""
+        own = getattr(self.train, f"{kind}_seed")
+        return self.seed if own is None else int(own)
+
 
 @dataclass(kw_only=True)
 class EvalRun:

@@ -80,7 +80,7 @@ def run(spec: TrainRun, *, directory: Path | None = None, overrides: Sequence[st
 def _load_rows(spec: TrainRun, task: Classification, screen: Screen) -> dict[str, Rows]:
     """Every split that the run reads, with its labels known, and a warning for what looks wrong."""
     needed = list(dict.fromkeys(["train", "validation", *_scored_splits(spec)]))
-    seed = spec.seed if spec.train.data_seed is None else spec.train.data_seed
+    seed = spec.seed_for("data")
     rows = load_splits(spec.task.data, needed, label=task.spec.label, regression=task.spec.regression, seed=seed)
     task.fit_labels(rows["train"])
     for found in rows.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from lora_cli.errors import ConfigError, DataError
 from lora_cli.spec import ClassificationSpec
@@ -15,7 +15,15 @@ from lora_cli.tasks.scoring import Scorer
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Classification"]
+__all__ = ["Classification", "Head"]
+
+
+class Head(TypedDict):
+    """The arguments of `models.load_base` that follow from a task. `labels` name the outputs, if these are labels."""
+
+    num_outputs: int
+    labels: tuple[str, ...] | None
+    problem: str
 
 
 class Classification:
@@ -40,6 +48,13 @@ class Classification:
             return 1
         assert self.labels is not None, "labels are unknown before fit_labels"
         return len(self.labels)
+
+    @property
+    def head(self) -> Head:
+        """What a base model needs to know to bring the right head."""
+        labels = self.labels if self.num_outputs > 1 else None
+        problem = "regression" if self.spec.regression else "classification"
+        return {"num_outputs": self.num_outputs, "labels": labels, "problem": problem}
 
     @property
     def primary_metric(self) -> str:
