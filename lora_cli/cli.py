@@ -14,28 +14,41 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli import __version__
-from lora_cli.errors import LoraError, UserError, nearest, printable
+from lora_cli.errors import ConfigError, LoraError, UserError, nearest, printable
+from lora_cli.process import Terminated, outlive_readers, signals_and_warnings
 from lora_cli.spec import VERBS
+from lora_cli.words import value_of
 
 __all__ = ["main"]
 
 _OUT_OF_MEMORY = "out of memory; a smaller train.batch_size or task.max_length needs less"
 _RUN_VERBS = ("eval", "infer")
 """Verbs that take task and model from a saved run."""
+_WRITING_VERBS = ("train", "eval")
+"""Verbs whose files go to a folder that hydra.run.dir may choose."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `lora` with these words (sys.argv's if None) and return its exit code.
 
-    0 done · 1 our fault or the machine's · 2 the user's to mend · 130 interrupted.
+    0 done · 1 our fault or the machine's · 2 the user's to mend · 130 interrupted · 143 terminated.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     verb = words[0] if words and not words[0].startswith("-") else ""
+    # A training goes on when nobody reads its lines any more; an infer without a reader has nothing left to do.
+    outlive_readers("stderr", *(["stdout"] if verb != "infer" else []))
+    with signals_and_warnings(f"lora {verb}" if verb in VERBS else "lora"):
+        return _answer(verb, words)
+
+
+def _answer(verb: str, words: list[str]) -> int:
     try:
         return _dispatch(verb, words)
     except LoraError as error:
         _debug()
         return _complain(verb, str(error), 2 if isinstance(error, UserError) else 1)
+    except Terminated:
+        return _complain(verb, "terminated", 128 + signal.SIGTERM)
     except KeyboardInterrupt:
         return _complain(verb, "interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:
@@ -74,7 +87,7 @@ def _dispatch(verb: str, words: list[str]) -> int:
     if {"-h", "--help"} & set(words[1:]):
         from lora_cli.help import print_verb
 
-        print_verb(verb)
+        print_verb(verb, words[1:])
         return 0
     return _run(verb, words[1:])
 
@@ -83,10 +96,16 @@ def _run(verb: str, words: list[str]) -> int:
     from lora_cli import config
 
     failed: list[tuple[config.Job, LoraError]] = []
+    outputs: set[str | None] = set()
+    _check_folder(verb, words)
 
     def run_job(job: config.Job) -> float | None:
         try:
             spec = job.spec()
+            output = getattr(spec, "output", None)
+            if output is not None and output in outputs:
+                raise ConfigError("output", output, "an earlier job of this sweep has written there")
+            outputs.add(output)
             command = importlib.import_module(f"lora_cli.commands.{verb}")
             result: float | None = command.run(spec, directory=job.directory, overrides=job.overrides)
             return result
@@ -107,18 +126,26 @@ def _run(verb: str, words: list[str]) -> int:
     return 1 if failed else 0
 
 
+def _check_folder(verb: str, words: Sequence[str]) -> None:
+    """Refuse a folder for a run where none is made."""
+    if verb not in _WRITING_VERBS and (folder := value_of("hydra.run.dir", words)):
+        raise ConfigError("hydra.run.dir", folder, f"lora {verb} makes no folder of a run; leave it out")
+
+
 def _saved_groups(verb: str, words: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
     """What the run named by run= contributes to the config of eval and infer."""
     from lora_cli.config import SAVED_GROUPS
     from lora_cli.runs.directory import read_saved_config
     from lora_cli.runs.registry import find_run
 
-    named = next((word.partition("=")[2].strip("'\"") for word in words if word.startswith("run=")), None)
+    named, folder = value_of("run", words), value_of("model.path", words)
     if verb not in _RUN_VERBS or not named:
         return {}
     if "," in named and {"-m", "--multirun"} & set(words) and not Path(named).exists():
         raise UserError(f"run={named}: one run at a time; -m sweeps over the other keys")
     saved = read_saved_config(find_run(named))
+    if folder and not saved:
+        saved = {"model": {"name": Path(folder).name}}  # a bare adapter's base model, by its folder
     return {group: saved[group] for group in SAVED_GROUPS if group in saved}
 
 

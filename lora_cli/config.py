@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_cli.disk import unless_empty
 from lora_cli.errors import ConfigError, LoraError, RunError, UnknownName, UserError, nearest, printable
 from lora_cli.spec import TASK_KINDS, VERBS, ModelSpec, TrainRun, nested_specs
-from lora_cli.words import prepare, take_literals
+from lora_cli.words import config_dirs, prepare, sweep_folder, take_literals
 
 __all__ = [
     "SAVED_GROUPS",
@@ -39,6 +41,8 @@ _WANTED = {
     "is not Optional": "needs a value, which null is not",
 }
 """What OmegaConf says of a value → what is allowed, in our words."""
+_IN_FILE = re.compile(r"In '([^']+)': \w+ raised while composing config:\n(.*)\n\s*full_key: (\S+)")
+"""Hydra on a YAML file: its name, the problem, the key."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,12 @@ def launch(
             return None
 
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sweep, words = sweep_folder(words)
     sys.argv = [f"lora {verb}", *prepare(words, VERBS[verb])]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise where it would print and exit with 1
     try:
-        hydra_main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(task_function)()
+        with unless_empty(sweep, besides="multirun.yaml"):
+            hydra_main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(task_function)()
     except (LoraError, MemoryError):
         raise
     except Exception as error:
@@ -124,10 +130,9 @@ def complete(verb: str, words: Sequence[str], saved: Mapping[str, Mapping[str, A
     hydra_main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(lambda cfg: None)()
 
 
-def group_options(group: str) -> list[str]:
-    """Names that `group=` accepts: the shipped YAML files and those of ./conf."""
-    folders = [conf_dir() / group, Path("conf") / group]
-    return sorted({file.stem for folder in folders if folder.is_dir() for file in folder.glob("*.yaml")})
+def group_options(group: str, words: Sequence[str] = ()) -> list[str]:
+    """Names that `group=` accepts: the shipped YAML files, those of ./conf, and of a --config-dir among `words`."""
+    return sorted({file.stem for folder in _folders(words) for file in (folder / group).glob("*.yaml")})
 
 
 def to_plain(spec: object) -> dict[str, Any]:
@@ -148,6 +153,8 @@ def explain(error: Exception, verb: str) -> UserError:
         return _unreadable(error)
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         return _unknown_key(str(cause.full_key), VERBS[verb])
+    if in_file := _IN_FILE.match(str(error)):
+        return _wrong_file(*in_file.group(1, 2, 3), root=VERBS[verb])
     text = " ".join(line for line in str(cause or error).splitlines() if not line.startswith(("    ", "See ")))
     if text.startswith("Ambiguous value for argument"):
         override = text.split("'")[1]
@@ -160,8 +167,14 @@ def explain(error: Exception, verb: str) -> UserError:
         return _bad_value(cause)
     for group, _, value in (word.partition("=") for word in sys.argv[1:]):
         if group in groups and value in ("null", ""):
-            return ConfigError(group, value, f"needs a name: one of {', '.join(group_options(group))}")
+            options = ", ".join(group_options(group, sys.argv))
+            return ConfigError(group, value, f"needs a name: one of {options}")
     return UserError(printable(text or type(error).__name__, 280))
+
+
+def _folders(words: Sequence[str]) -> list[Path]:
+    """Where groups lie, in the order in which Hydra looks."""
+    return [*config_dirs(words), conf_dir(), Path("conf")]
 
 
 def _job(cfg: Any, literals: Mapping[str, str]) -> Job:
@@ -236,10 +249,27 @@ def _missing_option(missing: str, options: Sequence[str]) -> UserError:
     if name == "_run" and not any(word.startswith("run=") and word != "run=" for word in sys.argv):
         return ConfigError("run", "", "needs a value: run=FOLDER, or run=latest")
     if name == "_run":
-        return ConfigError(group, "", f"a bare adapter does not say which; give {group}=NAME")
+        return ConfigError(
+            group,
+            "",
+            f"a bare adapter does not say which; give {group}=NAME{' or model.path=FOLDER' * (group == 'model')}",
+        )
     if not group:
         return UnknownName("--config-name", name, sorted(VERBS), "config")
-    return UnknownName(group, name, group_options(group) or options, group)
+    return UnknownName(group, name, group_options(group, sys.argv) or options, group)
+
+
+def _wrong_file(name: str, problem: str, key: str, *, root: type) -> UserError:
+    """A YAML file of the user's own with a key or a value that does not fit."""
+    file = next((path for folder in _folders(sys.argv) if (path := folder / f"{name}.yaml").is_file()), Path(name))
+    if not problem.startswith("Key "):
+        return UserError(f"{printable(file)}: {printable(key)}: {_wanted(problem)}")
+    known = _all_keys(root)
+    if key in known:
+        first = f"defaults: [/schema/task/KIND@_here_, _self_], KIND one of {', '.join(TASK_KINDS)}"
+        return UserError(f"{printable(file)}: {key} is a key of some kinds of task only; begin with {first}")
+    near = nearest(key, known)
+    return UserError(f"{printable(file)}: no such key {printable(key)}.{f' Did you mean {near}?' if near else ''}")
 
 
 def _unreadable(error: Any) -> UserError:
@@ -255,8 +285,12 @@ def _unreadable(error: Any) -> UserError:
 def _bad_value(error: Any) -> ConfigError:
     """A value of the wrong type, or one that points nowhere."""
     key, text = str(error.full_key or "config"), str(error).splitlines()[0]
-    wanted = next((name for said, name in _WANTED.items() if said in text), text)
-    return ConfigError(key, _value_of(error, key), wanted)
+    return ConfigError(key, _value_of(error, key), _wanted(text))
+
+
+def _wanted(text: str) -> str:
+    """What is allowed where OmegaConf says `text` of a value."""
+    return next((name for said, name in _WANTED.items() if said in text), text)
 
 
 def _value_of(error: Any, key: str) -> object:

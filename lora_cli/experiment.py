@@ -6,7 +6,7 @@ Knows the task, the model and the engine; not Hydra, nor which files a run folde
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from lora_cli import __version__
 from lora_cli.engine.checkpoint import Checkpoint, Progress
 from lora_cli.engine.device import Device, open_device
 from lora_cli.engine.evaluate import evaluate, predict, rehearse
+from lora_cli.engine.generate import generate
 from lora_cli.engine.selfcheck import check_same_logits
 from lora_cli.engine.train import Objective, Outcome, Recorder, train
 from lora_cli.models import BaseModel, load_base
@@ -32,10 +33,10 @@ from lora_cli.nn import (
     save_adapter,
     trainable_state,
 )
-from lora_cli.spec import TrainRun
-from lora_cli.tasks import Classification, Encoded, Rows, Scorer
+from lora_cli.spec import LOSS_DOWNWARDS, TEXT_METRICS, TrainRun
+from lora_cli.tasks import Encoded, EncodedTexts, Rows, Scorer, Task, TextScorer, TextTask
 
-__all__ = ["Experiment"]
+__all__ = ["Experiment", "score_split"]
 
 _VERSIONS = ("torch", "transformers", "datasets", "hydra-core", "safetensors")
 _CHECKED = 8
@@ -47,7 +48,7 @@ class Experiment:
     """Everything that a training needs, ready."""
 
     spec: TrainRun
-    task: Classification
+    task: Task
     rows: Mapping[str, Rows]
     data: Mapping[str, Encoded]
     base: BaseModel
@@ -57,7 +58,7 @@ class Experiment:
     device: Device
 
     @classmethod
-    def build(cls, spec: TrainRun, task: Classification, rows: Mapping[str, Rows]) -> Experiment:
+    def build(cls, spec: TrainRun, task: Task, rows: Mapping[str, Rows]) -> Experiment:
         """Load the base model of `spec`, encode `rows` and put in an adapter that changes nothing yet.
 
         Raises:
@@ -72,7 +73,7 @@ class Experiment:
             dtype=device.dtype,
         )
         base.model.to(device.device)
-        data = {split: task.encode(found, base.tokenizer) for split, found in rows.items()}
+        data = {split: task.encode(found, base) for split, found in rows.items()}
         before = _logits(task, base, data["train"], device)
         digest = fingerprint(base.model, fresh=base.fresh)
         injection = inject(
@@ -124,8 +125,9 @@ class Experiment:
                 model, self.injection, lr=spec.lr, head_lr=spec.head_lr or spec.lr, weight_decay=spec.weight_decay
             ),
             trained=lambda: trainable_state(model),
-            score=lambda: self.score("validation").result(),
-            objective=Objective(metric, greater_is_better=metric != "loss"),
+            score=lambda: self.score("validation", answers=metric in TEXT_METRICS).result(),
+            objective=Objective(metric, greater_is_better=metric not in LOSS_DOWNWARDS),
+            packing=spec.packing,
             device=self.device,
             recorder=recorder,
             data_seed=self.spec.seed_for("data"),
@@ -149,7 +151,7 @@ class Experiment:
             folder,
             base_name=base.base_name,
             revision=base.revision,
-            task_type="SEQ_CLS",
+            task_type=base.task_type,
             fingerprint=self.fingerprint,
             extra={"task": self.task.spec.name, "labels": list(self.task.labels) if self.task.labels else None},
         )
@@ -160,10 +162,20 @@ class Experiment:
         found = _logits(self.task, base, self.data["train"], self.device)
         check_same_logits("the saved adapter must compute what the trained one does", expected, found, tolerance=0.0)
 
-    def score(self, split: str) -> Scorer:
-        """The model as it is now on one split."""
-        examples, batch_size = self.data[split].examples, self.spec.train.eval_batch_size
-        return evaluate(self.base.model, self.task, examples, device=self.device, batch_size=batch_size)
+    def score(
+        self, split: str, *, answers: bool = True, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Scorer | TextScorer:
+        """The model as it is now on one split; see `score_split`."""
+        return score_split(
+            self.base.model,
+            self.task,
+            self.data[split],
+            tokenizer=self.base.tokenizer,
+            device=self.device,
+            batch_size=self.spec.train.eval_batch_size,
+            answers=answers,
+            progress=progress,
+        )
 
     def facts(self) -> dict[str, Any]:
         """What run.json says of a run, besides what it reached."""
@@ -181,6 +193,7 @@ class Experiment:
                 split: {
                     "rows": len(found),
                     "fingerprint": found.fingerprint,
+                    "examples": len(self.data[split].examples),
                     "truncated": self.data[split].num_truncated,
                     "empty": self.data[split].num_empty,
                 }
@@ -213,6 +226,37 @@ class Experiment:
         }
 
 
-def _logits(task: Classification, base: BaseModel, data: Encoded, device: Device) -> torch.Tensor:
-    """Logits of a few examples, without dropout."""
-    return next(predict(base.model, task, data.examples[:_CHECKED], device=device, batch_size=_CHECKED))[1]
+def score_split(
+    model: torch.nn.Module,
+    task: Task,
+    data: Encoded,
+    *,
+    tokenizer: Any,
+    device: Device,
+    batch_size: int,
+    answers: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Scorer | TextScorer:
+    """A filled scorer of one split. Where the task's metrics need it, each distinct prompt is answered as well, unless
+    `answers` is off; `progress` is told (answered, of all)."""
+    scorer: Scorer | TextScorer = evaluate(model, task, data.examples, device=device, batch_size=batch_size)
+    if answers and task.generates:
+        assert isinstance(scorer, TextScorer) and isinstance(task, TextTask) and isinstance(data, EncodedTexts)
+        found = generate(
+            model,
+            data.queries,
+            task.spec.decode,
+            tokenizer=tokenizer,
+            device=device,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        for number, text in found:
+            scorer.add_answer(data.queries[number], text)
+    return scorer
+
+
+def _logits(task: Task, base: BaseModel, data: Encoded, device: Device) -> torch.Tensor:
+    """Logits of a few short examples, without dropout."""
+    shortest = sorted(data.examples, key=lambda example: example.num_tokens)[:_CHECKED]
+    return next(predict(base.model, task, shortest, device=device, batch_size=_CHECKED))[1]

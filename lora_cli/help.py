@@ -9,7 +9,7 @@ import inspect
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from lora_cli import __version__, config, spec
 
@@ -48,14 +48,17 @@ def print_overview() -> None:
     print("                in fish: lora -sc install=fish | source")
 
 
-def print_verb(verb: str) -> None:
-    """The groups, keys, types, defaults and help of one verb, section by section."""
+def print_verb(verb: str, words: Sequence[str] = ()) -> None:
+    """The groups, keys, types, defaults and help of one verb, section by section.
+
+    `words` may name folders with options of the user's own (--config-dir).
+    """
     schema = spec.VERBS[verb]
     print(f"lora {verb}: {_verb_line(schema)}\n\nusage: lora {verb} [key=value ...] [flags]\n\n{_FLAGS}")
     groups = [name for name, nested in spec.nested_specs(schema) if nested]
     print(_strong("groups") + "  (group=option)")
     for group in groups:
-        options = ", ".join(config.group_options(group))
+        options = ", ".join(config.group_options(group, words))
         print(_wrapped(f"  {group:9} ", options))
     section = None
     for key in keys_of(schema):

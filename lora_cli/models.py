@@ -40,6 +40,10 @@ class BaseModel:
     """Output embedding: not a target of all-linear."""
     max_length: int
     """Tokens that the positions suffice for."""
+    task_type: str
+    """What PEFT calls it: SEQ_CLS, CAUSAL_LM or SEQ_2_SEQ_LM."""
+    decoder_start: int | None
+    """The token that a written answer of an encoder-decoder starts from; None for any other."""
     source: str
     """Where it came from, for people."""
     base_name: str
@@ -57,7 +61,8 @@ def load_base(
     seed: int,
     dtype: torch.dtype | None = None,
 ) -> BaseModel:
-    """The model of `spec` with a head of `num_outputs` for "classification" or "regression".
+    """The model of `spec` with a head of `num_outputs` for "classification" or "regression", or, for "generation", as it
+    is: a decoder or an encoder-decoder that writes.
 
     What the checkpoint lacks is drawn as transformers draws it, but from a generator seeded by
     (`seed`, parameter name): the same head whatever else was loaded or drawn before. The global
@@ -75,15 +80,18 @@ def load_base(
         check_checkpoint(source.folder, spec)
     with quiet(), torch.random.fork_rng(devices=[]):
         if source.folder is None:
-            model, tokenizer, fresh = _build_random(spec, head, dtype or torch.float32)
+            model, tokenizer, fresh = _build_random(spec, problem, head, dtype or torch.float32)
             _draw(model, [name for name, _ in model.named_parameters()], seed)
         else:
             tokenizer = load_tokenizer(source.folder, trust_remote_code=spec.trust_remote_code)
-            model, fresh = _load_checkpoint(source.folder, spec, head, dtype or torch.float32)
+            model, fresh = _load_checkpoint(source.folder, spec, problem, head, dtype or torch.float32)
             _draw(model, fresh, seed)
     _check_vocabulary(model, tokenizer, source.folder or f"model.random of {spec.name}")
     # Decoders find the last token of a text, which their head reads, by what the config calls padding.
     model.config.pad_token_id = tokenizer.pad_token_id
+    # Nothing is generated in training, and a cache would hold every layer's keys and values.
+    model.config.use_cache = False
+    writes = problem == "generation"
     max_length = _num_positions(model, tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
     return BaseModel(
@@ -91,16 +99,61 @@ def load_base(
         tokenizer=tokenizer,
         family=model.config.model_type,
         groups=layer_groups(model.config.model_type, spec.targets),
-        fresh=_outermost(model, fresh) or _head(model),
+        fresh=() if writes else (_outermost(model, fresh) or _head(model)),
         skip=_output_embedding(model),
         max_length=max_length,
+        task_type=_task_type(model.config, problem),
+        decoder_start=_decoder_start(model) if writes else None,
         source=source.text,
         base_name=source.base_name,
         revision=source.revision,
     )
 
 
+def _task_type(config: PretrainedConfig, problem: str) -> str:
+    if problem != "generation":
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def _class_for(config: PretrainedConfig, problem: str, where: object) -> Any:
+    """transformers' Auto class for the task.
+
+    Raises:
+        ModelError: it has no class for this architecture, or the architecture is not made for it.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    name, table = {
+        "SEQ_CLS": ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
+        "CAUSAL_LM": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+        "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
+    }[_task_type(config, problem)]
+    family = FAMILIES.get(config.model_type)
+    # transformers would give an encoder a causal mask, and a head that was never trained for it.
+    reads_only = problem == "generation" and family is not None and family.kind == "encoder"
+    if reads_only or (config.model_type not in getattr(modeling_auto, table) and not hasattr(config, "auto_map")):
+        found = ", ".join(config.architectures or ["a model"])
+        why = "it is an encoder, which reads but does not write" if reads_only else f"{name} has no class for it"
+        raise ModelError(
+            f"{printable(where)}: holds {printable(found, 60)} ({config.model_type}), not made for this task: {why}"
+        )
+    return getattr(transformers, name)
+
+
+def _decoder_start(model: PreTrainedModel) -> int | None:
+    if not model.config.is_encoder_decoder:
+        return None
+    for settings in (model.config, model.generation_config):
+        if getattr(settings, "decoder_start_token_id", None) is not None:
+            return int(settings.decoder_start_token_id)
+    raise ModelError("the model's config lacks decoder_start_token_id, the token that an answer starts from")
+
+
 def _head_settings(num_outputs: int, labels: Sequence[str] | None, problem: str) -> dict[str, Any]:
+    if problem == "generation":
+        return {}
     problem_type = "regression" if problem == "regression" else "single_label_classification"
     settings: dict[str, Any] = {"num_labels": num_outputs, "problem_type": problem_type}
     if labels is not None:
@@ -110,19 +163,18 @@ def _head_settings(num_outputs: int, labels: Sequence[str] | None, problem: str)
 
 
 def _load_checkpoint(
-    folder: Path, spec: ModelSpec, head: Mapping[str, Any], dtype: torch.dtype
+    folder: Path, spec: ModelSpec, problem: str, head: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model in `folder`, and the names of the parameters that the checkpoint lacks."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
     options = {"local_files_only": True, "trust_remote_code": spec.trust_remote_code}
     with explained(folder, "config"):
         config = AutoConfig.from_pretrained(str(folder), **options)
-    if not hasattr(config, "auto_map"):
-        _check_class(folder, config)
+    auto_class = _class_for(config, problem, folder)
     _configure(config, head, spec.dropout)
     with explained(folder, "weights"):
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = auto_class.from_pretrained(
             str(folder),
             config=config,
             dtype=dtype,
@@ -132,7 +184,7 @@ def _load_checkpoint(
             output_loading_info=True,
             **options,
         )
-    _check_loaded(folder, model, info)
+    _check_loaded(folder, model, info, problem)
     # Loaded tensors lie in the mapped file: at odd addresses, where other kernels round differently, and
     # at the mercy of whoever writes to that file.
     for parameter in model.parameters():
@@ -141,10 +193,10 @@ def _load_checkpoint(
 
 
 def _build_random(
-    spec: ModelSpec, head: Mapping[str, Any], dtype: torch.dtype
+    spec: ModelSpec, problem: str, head: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """A model of random weights with a tokenizer of its own, and the names of its head's parameters."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
     assert spec.family is not None, "ModelSpec asks for a family where there is `random`"
     if spec.family not in FAMILIES:
@@ -162,7 +214,8 @@ def _build_random(
     with explained(Path("model.random"), "model"):
         config = AutoConfig.for_model(spec.family, **({key: ids[key] for key in ids if key in known} | settings))
         _configure(config, head, spec.dropout)
-        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype, trust_remote_code=False)
+        auto_class = _class_for(config, problem, f"model.random of {spec.name}")
+        model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
     inside = f"{model.base_model_prefix}."
     return model, tokenizer, [name for name, _ in model.named_parameters() if not name.startswith(inside)]
 
@@ -229,25 +282,18 @@ def _num_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return int(getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length)
 
 
-def _check_class(folder: Path, config: PretrainedConfig) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES
-
-    if config.model_type not in CLASSES:
-        found = ", ".join(config.architectures or ["a model"])
-        wanted = "AutoModelForSequenceClassification has no class for it"
-        raise ModelError(
-            f"{printable(folder)}: holds {printable(found, 60)} ({config.model_type}), not made for this task: {wanted}"
-        )
-
-
-def _check_loaded(folder: Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+def _check_loaded(folder: Path, model: PreTrainedModel, info: Mapping[str, Any], problem: str) -> None:
     for name, found, wanted in sorted(info["mismatched_keys"]):
         shapes = f"{name} has shape {list(found)} there, {list(wanted)} here"
         hint = "" if name.startswith(f"{model.base_model_prefix}.") else "; it was saved with a head for another task"
         raise ModelError(f"{printable(folder)}: {shapes}{hint}")
     # Only a head may be new, and the pooler, which checkpoints of masked language models lack.
     inside, pooler = f"{model.base_model_prefix}.", f"{model.base_model_prefix}.pooler."
-    lost = sorted(name for name in info["missing_keys"] if name.startswith(inside) and not name.startswith(pooler))
+    lost = sorted(
+        name
+        for name in info["missing_keys"]
+        if problem == "generation" or (name.startswith(inside) and not name.startswith(pooler))
+    )
     if lost:
         raise ModelError(f"{printable(folder)}: its weights lack {printable(lost[0])} and {len(lost) - 1} more")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,8 @@ from lora_cli.models import load_base
 from lora_cli.nn import fingerprint, load_adapter, read_adapter
 from lora_cli.runs.directory import RunDirectory
 from lora_cli.runs.registry import find_run, is_bare_adapter
-from lora_cli.spec import ClassificationSpec, EvalRun, InferRun
-from lora_cli.tasks import Classification, build_task
+from lora_cli.spec import ClassificationSpec, EvalRun, InferRun, TaskSpec
+from lora_cli.tasks import Task, build_task
 from lora_cli.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -29,9 +29,10 @@ class Saved:
 
     path: Path
     folder: RunDirectory | None
-    task: Classification
+    task: Task
     model: torch.nn.Module
     tokenizer: Any
+    decoder_start: int | None
     device: Device
     batch_size: int
     """Examples per forward pass; by default the run's own, so that its figures come out to the last digit."""
@@ -55,14 +56,7 @@ def open_saved(spec: EvalRun | InferRun) -> Saved:
     if folder is not None and not folder.adapter.is_dir():
         raise RunError(f"{path}: has no adapter (status {facts['status']}); lora train resume=auto finishes a run")
     adapter = read_adapter(path if folder is None else folder.adapter)
-    assert isinstance(spec.task, ClassificationSpec)
-    labels = facts.get("labels") or adapter.extra.get("labels")
-    if labels and spec.task.labels is not None and list(spec.task.labels) != list(labels):
-        known = printable(", ".join(labels))
-        raise AdapterError(f"{path}: task.labels={printable(spec.task.labels, 60)}, but it was trained with {known}")
-    task = build_task(spec.task, labels)
-    if task.labels is None and not spec.task.regression:
-        raise DataError(path, "the adapter does not say its labels; give task.labels=[first,second,...]")
+    task = _task_of(spec.task, facts.get("labels") or adapter.extra.get("labels"), path)
     device = open_device(spec.device)
     base = load_base(
         spec.model,
@@ -87,8 +81,21 @@ def open_saved(spec: EvalRun | InferRun) -> Saved:
         task,
         base.model,
         tokenizer,
+        base.decoder_start,
         device,
         batch_size,
         facts.get("data", {}),
         int(facts.get("data_seed", 0)),
     )
+
+
+def _task_of(spec: TaskSpec, labels: Sequence[str] | None, path: Path) -> Task:
+    """The task, with the labels that the adapter was trained with."""
+    if not isinstance(spec, ClassificationSpec):
+        return build_task(spec)
+    if labels and spec.labels is not None and list(spec.labels) != list(labels):
+        known = printable(", ".join(labels))
+        raise AdapterError(f"{path}: task.labels={printable(spec.labels, 60)}, but it was trained with {known}")
+    if not labels and not spec.labels and not spec.choices and not spec.regression:
+        raise DataError(path, "the adapter does not say its labels; give task.labels=[first,second,...]")
+    return build_task(spec, labels)

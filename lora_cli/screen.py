@@ -5,11 +5,11 @@ A live bar on a terminal, plain aligned lines elsewhere. Knows numbers and names
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lora_cli.errors import printable
@@ -70,6 +70,29 @@ class Screen:
         """One scoring of the validation split."""
         values = "   ".join(f"{name} {significant(value)}" for name, value in metrics.items())
         self._err.print(f"[green]step {step:>5}[/]   {escape(values)}{'   (best so far)' if best else ''}")
+
+    def counter(self, what: str) -> Callable[[int, int], None]:
+        """A live count of what is done so far, on a terminal only."""
+
+        def count_up(done: int, total: int) -> None:
+            if not self._err.is_terminal:
+                return
+            if self._bar is None:
+                self._bar = Progress(
+                    TextColumn(f"{escape(what)} {{task.completed:>5.0f}}/{{task.total:.0f}}"),
+                    BarColumn(bar_width=24),
+                    TextColumn("eta"),
+                    TimeRemainingColumn(compact=True),
+                    console=self._err,
+                    transient=True,
+                )
+                self._bar.start()
+                self._bar.add_task("", total=total)
+            self._bar.update(self._bar.task_ids[0], completed=done)
+            if done == total:
+                self.close()
+
+        return count_up
 
     def close(self) -> None:
         """Take the live bar away."""

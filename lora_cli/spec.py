@@ -18,24 +18,32 @@ from lora_cli.errors import ConfigError, UnknownName
 
 __all__ = [
     "BIASES",
+    "CHAT_TEMPLATES",
     "DEVICES",
+    "FORMATS",
     "PRECISIONS",
     "SCALINGS",
     "SCHEDULES",
     "SPLITS",
     "TASK_KINDS",
+    "TEXT_METRICS",
     "TRACKERS",
     "VARIANTS",
     "VERBS",
+    "ChatSpec",
     "ClassificationSpec",
     "DataSpec",
+    "DecodeSpec",
     "DeviceSpec",
     "EvalRun",
     "FetchRun",
+    "GenerationSpec",
     "InferRun",
+    "LanguageModelingSpec",
     "LoraSpec",
     "ModelSpec",
     "TaskSpec",
+    "TextSpec",
     "TrackerSpec",
     "TrainRun",
     "TrainSpec",
@@ -51,6 +59,25 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SCHEDULES = ("linear", "cosine", "constant")
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
 METRICS = ("accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman")
+TEXT_METRICS = (
+    "bleu",
+    "e2e_bleu",
+    "nist",
+    "meteor_exact_stem",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "rougeLsum",
+    "e2e_rougeL",
+    "cider",
+    "chrf",
+    "ter",
+    "exact_match",
+)
+FORMATS = ("columns", "e2e", "webnlg", "dart")
+CHAT_TEMPLATES = ("tokenizer", "chatml", "plain")
+LOSS_DOWNWARDS = ("loss", "perplexity", "ter")
+"""Figures of which less is better."""
 MAX_RANK = 4096
 MAX_SCALING = 1e4
 MAX_SEED = 2**63 - 1
@@ -159,6 +186,138 @@ class ClassificationSpec(TaskSpec):
 
 
 @dataclass(kw_only=True)
+class DecodeSpec:
+    """How text is generated."""
+
+    max_new_tokens: int = 64
+    """Longest answer in tokens."""
+    num_beams: int = 1
+    """Beams of the beam search; 1: none."""
+    sample: bool = False
+    """Draw each token instead of taking the likeliest."""
+    temperature: float = 1.0
+    """Divides the logits before drawing."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that make up this probability."""
+    top_k: int | None = None
+    """Draw from so many likeliest tokens; None: all."""
+    length_penalty: float = 1.0
+    """Power of the length that a beam's log probability is divided by."""
+    no_repeat_ngram: int = 0
+    """No sequence of so many tokens occurs twice; 0: no limit."""
+    repetition_penalty: float = 1.0
+    """Divides the odds of tokens that occurred already (arXiv:1909.05858); 1: none."""
+    stop: list[str] = field(default_factory=list)
+    """Texts at which an answer ends; they are cut off."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_beams"):
+            _at_least(f"task.decode.{name}", getattr(self, name), 1)
+        _at_least("task.decode.top_k", self.top_k, 1, optional=True)
+        _at_least("task.decode.no_repeat_ngram", self.no_repeat_ngram, 0)
+        _positive("task.decode.temperature", self.temperature)
+        _positive("task.decode.repetition_penalty", self.repetition_penalty)
+        if not math.isfinite(self.length_penalty):
+            raise ConfigError("task.decode.length_penalty", self.length_penalty, "a finite number")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError("task.decode.top_p", self.top_p, "a share above 0, at most 1")
+        if not self.sample and (self.temperature, self.top_p, self.top_k) != (1.0, 1.0, None):
+            raise ConfigError("task.decode.sample", "false", "true, for temperature, top_p or top_k to mean something")
+        if self.sample and self.num_beams > 1:
+            raise ConfigError("task.decode.num_beams", self.num_beams, "1 with task.decode.sample=true")
+        if "" in self.stop:
+            raise ConfigError("task.decode.stop", self.stop, "texts that are not empty")
+
+
+@dataclass(kw_only=True)
+class TextSpec(TaskSpec):
+    """Text to be written, whatever its kind."""
+
+    max_length: int = 384
+    """Longest prompt in tokens; longer ones are cut and counted."""
+    truncate: str = "right"
+    """End of the text from which too long a one is cut: right or left."""
+    label_smoothing: float = 0.0
+    """Share of each target's probability that is spread over all tokens in training."""
+    decode: DecodeSpec = field(default_factory=DecodeSpec)
+    """How text is generated."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("task.truncate", self.truncate, ("right", "left"), "side")
+        _share("task.label_smoothing", self.label_smoothing)
+        for name in self.metrics:
+            _one_of("task.metrics", name, [*TEXT_METRICS, "perplexity"], "metric of text")
+        if not self.metrics:
+            raise ConfigError("task.metrics", "[]", "at least one, such as perplexity")
+
+
+@dataclass(kw_only=True)
+class GenerationSpec(TextSpec):
+    """A prompt, and the text that should follow."""
+
+    kind: str = "generation"
+    format: str = "columns"
+    """How a row is read: columns (as they are), or data of e2e, webnlg or dart, which become columns input and target."""
+    prompt: str = "{prompt}"
+    """Template of the input: {column} stands for a cell; a part in [[ ]] is left out where its cell is empty; {eos} at
+    the end is the model's end mark."""
+    target: str = "{target}"
+    """Template of the answer. A column that holds a list of texts gives one example each."""
+    group: str | None = None
+    """Column by whose values the metrics are given as well, such as seen and unseen."""
+    loss_on: str = "completion"
+    """What is learnt: the completion, or all (the prompt too; decoders only)."""
+    max_target_length: int = 128
+    """Longest answer in tokens, its end mark included; longer ones are cut and counted."""
+    metrics: list[str] = field(default_factory=lambda: ["bleu", "rougeL"])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("task.format", self.format, FORMATS, "format")
+        _one_of("task.loss_on", self.loss_on, ("completion", "all"), "choice")
+        _at_least("task.max_target_length", self.max_target_length, 2)
+        if "{eos}" in self.prompt.removesuffix("{eos}") or "{eos}" in self.target:
+            raise ConfigError("task.prompt", self.prompt, "{eos} at its end only; an answer always gets one")
+        if not re.search(r"\{[^{}]+\}", self.target):
+            raise ConfigError("task.target", self.target, "a template with a {column}")
+
+
+@dataclass(kw_only=True)
+class ChatSpec(TextSpec):
+    """Conversations: what the assistant says is learnt."""
+
+    kind: str = "chat"
+    messages: str = "messages"
+    """Column of the conversation: a list of {role, content}."""
+    template: str = "tokenizer"
+    """Chat template: the tokenizer's own, chatml or plain."""
+    max_length: int = 1024
+    """Longest conversation in tokens; longer ones are cut and counted."""
+    truncate: str = "left"
+    metrics: list[str] = field(default_factory=lambda: ["perplexity"])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("task.template", self.template, CHAT_TEMPLATES, "chat template")
+
+
+@dataclass(kw_only=True)
+class LanguageModelingSpec(TextSpec):
+    """Plain text, learnt whole; long texts become several examples of max_length tokens."""
+
+    kind: str = "language_modeling"
+    text: str = "text"
+    """Column of the text."""
+    metrics: list[str] = field(default_factory=lambda: ["perplexity"])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.metrics:
+            _one_of("task.metrics", name, ["perplexity"], "metric of plain text")
+
+
+@dataclass(kw_only=True)
 class ModelSpec:
     """The frozen base model and its tokenizer."""
 
@@ -245,6 +404,8 @@ class TrainSpec:
     """Forward passes per optimizer step; the loss is averaged over all of their targets."""
     eval_batch_size: int = 64
     """Examples per forward pass when scoring."""
+    packing: bool = False
+    """Lay the texts of a batch end to end instead of padding them; none sees another (decoders only)."""
     length_window: int = 32
     """Batches among which shuffled examples are sorted by length, to save padding; 1: none."""
     lr: float = 5e-4
@@ -274,7 +435,7 @@ class TrainSpec:
     patience: int | None = None
     """Stop after this many scorings in a row without a better metric; None: never."""
     metric: str | None = None
-    """Metric that chooses the best checkpoint; None: the task's first. loss counts downwards."""
+    """Metric that chooses the best checkpoint; None: the task's first, or the loss where text is generated."""
     restore_best: bool = True
     """End with the best checkpoint's weights, not with the last's."""
     init_seed: int | None = None
@@ -364,6 +525,8 @@ class TrainRun:
         _one_of("resume", self.resume, ("never", "auto"), "mode")
         if self.train.metric is not None:
             _one_of("train.metric", self.train.metric, [*self.task.metrics, "loss"], "metric of the task")
+        if self.train.packing and not isinstance(self.task, TextSpec):
+            raise ConfigError("train.packing", "true", "only where text is generated")
 
     def seed_for(self, kind: str) -> int:
         """The seed for "init", "data" or "dropout": its own key's, else the run's."""
@@ -402,6 +565,8 @@ class InferRun:
     """Run folder, unique prefix of its name, latest, or an adapter folder in PEFT format."""
     text: str | None = None
     """A text to predict."""
+    prompt: str | None = None
+    """A text to answer: written to the terminal as it comes."""
     text_pair: str | None = None
     """Its second text, for tasks on pairs."""
     input: str | None = None
@@ -416,13 +581,18 @@ class InferRun:
     """The machine."""
     batch_size: int | None = None
     """Texts per forward pass; None: as the run's own scoring."""
+    seed: int = 0
+    """Seed of drawn answers (task.decode.sample=true)."""
     force_base: bool = False
     """Use the adapter even if the base model's fingerprint is not the one it was trained on."""
 
     def __post_init__(self) -> None:
         _at_least("batch_size", self.batch_size, 1, optional=True)
-        if (self.text is None) == (self.input is None):
-            raise ConfigError("text", "", 'give one of text="..." and input=FILE (or input=- to read lines)')
+        _seed("seed", self.seed)
+        if [self.text, self.prompt, self.input].count(None) != 2:
+            raise ConfigError("text", "", 'give one of text="...", prompt="..." and input=FILE (or input=- to read lines)')
+        if self.prompt is not None and self.output is not None:
+            raise ConfigError("prompt", self.prompt, "is written to the terminal; use text= with output=")
         if self.text_pair is not None and self.text is None:
             raise ConfigError("text_pair", self.text_pair, "goes with text=")
 
@@ -445,7 +615,12 @@ VERBS: dict[str, type] = {"train": TrainRun, "eval": EvalRun, "infer": InferRun,
 """Verb → the dataclass of its config; the first line of its docstring is its help."""
 
 
-TASK_KINDS: dict[str, type] = {"classification": ClassificationSpec}
+TASK_KINDS: dict[str, type] = {
+    "classification": ClassificationSpec,
+    "generation": GenerationSpec,
+    "chat": ChatSpec,
+    "language_modeling": LanguageModelingSpec,
+}
 """Kind of task → the dataclass that types its YAML files."""
 
 

@@ -77,7 +77,9 @@ def build_tiny_tokenizer(*, token_types: bool) -> PreTrainedTokenizerBase:
         special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])],
     )
     names = ["input_ids", "token_type_ids", "attention_mask"] if token_types else ["input_ids", "attention_mask"]
-    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **special)
+    # Of a decoder, the same two marks begin and end a text.
+    ends = {"bos_token": special["cls_token"], "eos_token": special["sep_token"]}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **special, **ends)
 
 
 @contextlib.contextmanager

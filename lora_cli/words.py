@@ -6,11 +6,14 @@ import os
 import re
 import typing
 from collections.abc import Iterator, Sequence
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
 
 from lora_cli.errors import ConfigError, UserError
 from lora_cli.spec import nested_specs
 
-__all__ = ["prepare", "take_literals"]
+__all__ = ["config_dirs", "prepare", "sweep_folder", "take_literals", "value_of"]
 
 _FLAGS_WITH_VALUE = frozenset(
     f"-{short}" for short in ("c", "p", "cp", "cn", "cd", "i", "-cfg", "-package", "-config-path", "-config-name")
@@ -22,8 +25,11 @@ _HYDRA_ONLY = frozenset(
     ("-cp", "--config-path", "-cn", "--config-name", "-sc", "--shell-completion", "--experimental-rerun", "-r", "--run")
 )
 """Flags that pass through, but that a person is not pointed to."""
-_LITERAL_KEYS = ("text", "text_pair")
+_SWEEPING = frozenset(("-m", "--multirun"))
+_LITERAL_KEYS = ("text", "text_pair", "prompt")
 """Keys whose value is the user's own words: never parsed by Hydra's grammar."""
+_TEMPLATE_KEYS = frozenset(("task.prompt", "task.target"))
+"""Keys whose value has blanks and braces in it, which mean something to Hydra; \\n in them is a line break."""
 _PATH_KEYS = frozenset(("run", "input", "output", "model.path", "hydra.run.dir", "hydra.sweep.dir"))
 _PATH_KEYS |= {"task.data.train", "task.data.validation", "task.data.test"}
 
@@ -50,6 +56,27 @@ def take_literals(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return literals, rest
 
 
+def value_of(key: str, words: Sequence[str]) -> str | None:
+    """What was typed for `key`, or None."""
+    return next((word.partition("=")[2].strip("'\"") for word in words if word.startswith(f"{key}=")), None)
+
+
+def config_dirs(words: Sequence[str]) -> list[Path]:
+    """Folders given with --config-dir."""
+    parted = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    return [Path(folder) for flag, folder in pairwise(parted) if flag in ("--config-dir", "-cd")]
+
+
+def sweep_folder(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Where the jobs of a sweep go, and `words` that say so; None without -m."""
+    if _SWEEPING.isdisjoint(words):
+        return None, list(words)
+    if chosen := value_of("hydra.sweep.dir", words):
+        return Path(chosen), list(words)
+    folder = Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}_sweep")
+    return folder, [*words, f"hydra.sweep.dir={folder.as_posix()}"]
+
+
 def _flags_first(words: Sequence[str]) -> list[str]:
     """Flags, then `--`, then overrides: argparse takes only one block of overrides."""
     flags: list[str] = []
@@ -68,7 +95,7 @@ def _flags_first(words: Sequence[str]) -> list[str]:
             if not flags[-1] or (options and flags[-1] not in options):
                 allowed = f"one of {', '.join(options)}" if options else "needs a value"
                 raise ConfigError(word, flags[-1], allowed)
-    sweeping = not {"-m", "--multirun"}.isdisjoint(flags)
+    sweeping = not _SWEEPING.isdisjoint(flags)
     return [*flags, *(["--", *(_quoted(word, sweeping) for word in overrides)] if overrides else [])]
 
 
@@ -89,8 +116,12 @@ def _table_keys(root: type, prefix: str = "") -> Iterator[str]:
 
 
 def _quoted(word: str, sweeping: bool) -> str:
-    """A path as one word of Hydra's grammar, in which = ( ) and blanks have a meaning, and commas when sweeping."""
+    """A path or template as one word of Hydra's grammar, in which = ( ) { } and blanks have a meaning, and commas
+    when sweeping."""
     key, equals, value = word.partition("=")
+    if key in _TEMPLATE_KEYS and value and value[0] not in "'\"":
+        literal = value.replace("\\n", "\n").replace("\\t", "\t").replace("${", "\\${")
+        return f"{key}='{_escaped(literal)}'"
     if key in _PATH_KEYS and value.startswith("~"):
         # No shell does it behind an equals sign.
         value = os.path.expanduser(value)  # noqa: PTH111 - Path would drop a slash at the end
@@ -98,6 +129,9 @@ def _quoted(word: str, sweeping: bool) -> str:
     plain = all((char.isascii() and char.isalnum()) or char in ("/._-+*@%" + "," * sweeping) for char in value)
     if not equals or key not in _PATH_KEYS or plain or value[:1] in ("'", '"', "$") or not value:
         return word
-    # A backslash means itself, except in front of a quote.
-    escaped = re.sub(r"(\\+)('|\Z)", r"\1\1\2", value).replace("'", "\\'")
-    return f"{key}='{escaped}'"
+    return f"{key}='{_escaped(value)}'"
+
+
+def _escaped(value: str) -> str:
+    """The inside of a text in Hydra's quotes: a backslash means itself there, except in front of a quote."""
+    return re.sub(r"(\\+)('|\Z)", r"\1\1\2", value).replace("'", "\\'")

@@ -16,7 +16,7 @@ CONF = PACKAGE.parent / "conf"
 LAYERS = (
     ("errors", "__init__"),
     ("spec",),
-    ("families", "hub", "screen", "tokenizer", "trackers", "words"),
+    ("disk", "families", "hub", "process", "screen", "tokenizer", "trackers", "words"),
     ("config", "nn", "runs", "sources", "tasks"),
     ("engine", "help", "models"),
     ("experiment", "saved"),

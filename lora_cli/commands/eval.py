@@ -22,7 +22,7 @@ def run(spec: EvalRun, *, directory: Path | None = None, overrides: Sequence[str
     Raises:
         UserError: the run, the data or the base model do not fit together.
     """
-    from lora_cli.engine.evaluate import evaluate
+    from lora_cli.experiment import score_split
     from lora_cli.saved import open_saved
 
     if spec.output is not None and Path(spec.output).is_file():
@@ -32,11 +32,11 @@ def run(spec: EvalRun, *, directory: Path | None = None, overrides: Sequence[str
     rows = load_splits(
         spec.task.data,
         [split],
-        label=saved.task.spec.label,
-        regression=saved.task.spec.regression,
+        label=saved.task.label,
+        regression=saved.task.regression,
         seed=saved.data_seed,
     )[split]
-    encoded = saved.task.encode(rows, saved.tokenizer)
+    encoded = saved.task.encode(rows, saved)
     screen.fact("run", str(saved.path))
     screen.fact(split, f"{len(rows):,} rows of {spec.task.name}")
     screen.fact("device", str(saved.device))
@@ -45,7 +45,16 @@ def run(spec: EvalRun, *, directory: Path | None = None, overrides: Sequence[str
         screen.warning(f"not the {seen['rows']:,} {split} rows that the run was scored on: limits or data differ")
     if encoded.num_truncated or encoded.num_empty:
         screen.fact("texts", f"{encoded.num_truncated:,} cut, {encoded.num_empty:,} empty")
-    scorer = evaluate(saved.model, saved.task, encoded.examples, device=saved.device, batch_size=saved.batch_size)
+    scorer = score_split(
+        saved.model,
+        saved.task,
+        encoded,
+        tokenizer=saved.tokenizer,
+        device=saved.device,
+        batch_size=saved.batch_size,
+        progress=screen.counter("answers"),
+    )
+    screen.close()
     metrics = scorer.result()
     for name, reason in scorer.undefined.items():
         screen.warning(f"{name} is undefined: {reason}")
@@ -57,4 +66,4 @@ def run(spec: EvalRun, *, directory: Path | None = None, overrides: Sequence[str
         )
         write_jsonl(output / "predictions.jsonl", scorer.predictions)
     screen.results({split: metrics})
-    return metrics[saved.task.primary_metric]
+    return metrics[spec.task.metrics[0]]

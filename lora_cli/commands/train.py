@@ -17,8 +17,8 @@ from lora_cli.runs.directory import RunDirectory, atomic_folder, write_atomic
 from lora_cli.runs.registry import run_of
 from lora_cli.runs.report import model_card
 from lora_cli.screen import Screen, count
-from lora_cli.spec import TaskSpec, TrainRun
-from lora_cli.tasks import Classification, Rows, build_task, load_splits, overlap, repeats
+from lora_cli.spec import TaskSpec, TextSpec, TrainRun
+from lora_cli.tasks import Encoded, EncodedTexts, Rows, Task, build_task, load_splits, overlap, repeats
 from lora_cli.trackers import Tracker, check_tracker, open_tracker
 
 if TYPE_CHECKING:
@@ -77,15 +77,15 @@ def run(spec: TrainRun, *, directory: Path | None = None, overrides: Sequence[st
     return _report(screen, folder, metrics, spec.task)
 
 
-def _load_rows(spec: TrainRun, task: Classification, screen: Screen) -> dict[str, Rows]:
+def _load_rows(spec: TrainRun, task: Task, screen: Screen) -> dict[str, Rows]:
     """Every split that the run reads, with its labels known, and a warning for what looks wrong."""
     needed = list(dict.fromkeys(["train", "validation", *_scored_splits(spec)]))
     seed = spec.seed_for("data")
-    rows = load_splits(spec.task.data, needed, label=task.spec.label, regression=task.spec.regression, seed=seed)
+    rows = load_splits(spec.task.data, needed, label=task.label, regression=task.regression, seed=seed)
     task.fit_labels(rows["train"])
     for found in rows.values():
         task.check(found)
-    if again := repeats(rows["train"], task.columns):
+    if again := repeats(rows["train"], task.all_columns):
         screen.warning(f"{again:,} of {len(rows['train']):,} train rows stand there more than once")
     for split in needed[1:]:
         if shared := overlap(rows["train"], rows[split], task.columns):
@@ -109,7 +109,7 @@ def _scored_splits(spec: TrainRun) -> list[str]:
 
 def _score(experiment: Experiment, split: str, folder: RunDirectory, screen: Screen) -> dict[str, float | None]:
     """Score one split with the saved adapter, and keep its predictions."""
-    scorer = experiment.score(split)
+    scorer = experiment.score(split, progress=screen.counter(f"answers {split}"))
     folder.write_predictions(split, scorer.predictions)
     for name, reason in scorer.undefined.items():
         screen.warning(f"{split}/{name} is undefined: {reason}")
@@ -163,13 +163,9 @@ def _recording(
 def _show(screen: Screen, experiment: Experiment) -> None:
     """What was understood, before anything is trained."""
     task, base, injection = experiment.task, experiment.base, experiment.injection
-    answers = ", ".join(task.labels) if task.labels else "a number"
-    screen.fact("task", f"{task.spec.name}: {' + '.join(task.spec.text)} → {answers}")
+    screen.fact("task", f"{task.spec.name}: {task.describe()}")
     for split, encoded in experiment.data.items():
-        tokens = encoded.num_tokens / len(encoded.examples)
-        cut = f", {encoded.num_truncated:,} cut at {task.spec.max_length}" if encoded.num_truncated else ""
-        empty = f", {encoded.num_empty:,} with an empty text" if encoded.num_empty else ""
-        screen.fact(split, f"{len(encoded.examples):,} rows of {tokens:.1f} tokens on average{cut}{empty}")
+        screen.fact(split, _data_line(encoded, task.spec.max_length))
     screen.fact("model", f"{base.base_name} ({base.family}, from {base.source})")
     screen.fact("device", f"{experiment.device} ({experiment.device.reason})")
     table = [
@@ -188,6 +184,17 @@ def _show(screen: Screen, experiment: Experiment) -> None:
     screen.fact("in all", f"{trainable} of {total} parameters train ({share:.2%}); weights take {memory:,.0f} MiB")
 
 
+def _data_line(encoded: Encoded, max_length: int) -> str:
+    tokens = encoded.num_tokens / len(encoded.examples)
+    line = f"{len(encoded.examples):,} rows of {tokens:.1f} tokens on average"
+    if isinstance(encoded, EncodedTexts) and encoded.queries:
+        line += f", {len(encoded.queries):,} distinct prompts"
+    line += f", {encoded.num_truncated:,} cut at {max_length}" if encoded.num_truncated else ""
+    if isinstance(encoded, EncodedTexts) and encoded.num_cut_targets:
+        line += f", {encoded.num_cut_targets:,} answers cut"
+    return line + (f", {encoded.num_empty:,} with an empty text" if encoded.num_empty else "")
+
+
 def _layers(pattern: str, modules: Sequence[str]) -> str:
     """An entry of lora.targets, with the names it stands for."""
     names = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
@@ -201,5 +208,6 @@ def _ranks(ranks: Sequence[int]) -> str:
 def _report(screen: Screen, folder: RunDirectory, metrics: Mapping[str, Metrics], task: TaskSpec) -> float | None:
     """The last lines: results, where they are, what to type next."""
     screen.results(metrics)
-    screen.line(f'{folder.path}\nnext: lora eval run=latest · lora infer run=latest text="…"')
+    word = "prompt" if isinstance(task, TextSpec) else "text"
+    screen.line(f'{folder.path}\nnext: lora eval run=latest · lora infer run=latest {word}="…"')
     return metrics[task.split][task.metrics[0]]

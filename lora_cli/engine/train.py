@@ -79,13 +79,14 @@ def train(
     recorder: Recorder,
     data_seed: int,
     dropout_seed: int,
+    packing: bool = False,
     resume: Checkpoint | None = None,
 ) -> Outcome:
     """Train `model` in place on `examples`.
 
     `groups` are the optimizer's parameter groups, `trained` returns the tensors that a checkpoint holds, `score`
     the metrics of the validation split. With `resume` (whose tensors are already in the model) the remaining steps
-    are exactly those of an uninterrupted training.
+    are exactly those of an uninterrupted training. With `packing` a batch has the same examples, laid end to end.
 
     Raises:
         TrainingFailure: a loss or gradient is not finite, or a self-check fails.
@@ -106,11 +107,12 @@ def train(
     # Before the warm-up ends, steps can be too small to change a float.
     watch_until = min(total, max(2, math.ceil(total * spec.warmup) + 1))
     skipped = 0
+    collate = task.collate_packed if packing else task.collate
 
     for step, window in plan.steps(progress.step, total if not progress.stopped_early else progress.step):
         started = time.perf_counter()
         lr = set_rate(optimizer, rate(step, total, spec))
-        batches = [task.collate([examples[number] for number in numbers]) for numbers in window]
+        batches = [collate([examples[number] for number in numbers]) for numbers in window]
         targets = sum(task.num_targets(batch) for batch in batches)
         model.train()
         loss_sum = torch.zeros((), device=device.device)

@@ -5,17 +5,17 @@ Nothing is allocated on a file's word: sizes are compared with the file's own be
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_cli.disk import open_plain, parse_object, read_object
+from lora_cli.disk import shown as where
 from lora_cli.errors import AdapterError, printable
 
 __all__ = ["TensorEntry", "read_header", "read_json", "read_tensor", "where"]
@@ -46,10 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         AdapterError: it is missing, too large, no regular file, or not a JSON object.
     """
-    with _open(path) as file:
-        if _size(file) > _MAX_JSON_BYTES:
-            raise AdapterError(f"{where(path)}: {_size(file)} bytes; at most {_MAX_JSON_BYTES} are read")
-        return _json_object(file.read(_MAX_JSON_BYTES), path)
+    return read_object(path, AdapterError, limit=_MAX_JSON_BYTES)
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -58,14 +55,14 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises:
         AdapterError: it is missing, no regular file, truncated or otherwise damaged, or holds other than floats.
     """
-    with _open(path) as file:
-        size = _size(file)
+    with open_plain(path, AdapterError) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise AdapterError(f"{where(path)}: not a whole safetensors file; truncated?")
         if length > _MAX_HEADER_BYTES:
             raise AdapterError(f"{where(path)}: a header of {length} bytes; at most {_MAX_HEADER_BYTES} are read")
-        header = _json_object(file.read(length), path)
+        header = parse_object(file.read(length), path, AdapterError)
     header.pop("__metadata__", None)
     entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
     end = 8 + length
@@ -87,54 +84,11 @@ def read_tensor(path: Path, entry: TensorEntry) -> Tensor:
         AdapterError: the file changed since, so that the bytes are not there.
     """
     data = bytearray(entry.num_bytes)
-    with _open(path) as file:
+    with open_plain(path, AdapterError) as file:
         file.seek(entry.start)
         if file.readinto(data) != entry.num_bytes:  # type: ignore[attr-defined]
             raise AdapterError(f"{where(path)}: it became shorter while it was read")
     return torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape)
-
-
-def where(path: Path, limit: int = 90) -> str:
-    """`path` for a message: safe on a terminal, its end kept if it is long."""
-    text = printable(path, 1000)
-    return text if len(text) <= limit else "…" + text[-limit:]
-
-
-def _open(path: Path) -> BinaryIO:
-    """Open a regular file; a link could lead anywhere and a fifo would wait for ever."""
-    try:
-        mode = path.lstat().st_mode
-        if not stat.S_ISREG(mode):
-            raise AdapterError(f"{where(path)}: not a regular file (links are not followed); copy the file itself")
-        return os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)), "rb")
-    except OSError as error:
-        raise AdapterError(f"{where(path)}: {error.strerror or error}") from error
-
-
-def _size(file: BinaryIO) -> int:
-    return os.fstat(file.fileno()).st_size
-
-
-def _json_object(data: bytes, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else printable(error, 80)
-        raise AdapterError(f"{where(path)}: not valid JSON: {reason}") from error
-    if not isinstance(value, dict):
-        raise AdapterError(f"{where(path)}: a JSON object is needed, not a {type(value).__name__}")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key is there twice")
-    return result
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:

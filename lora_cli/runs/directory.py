@@ -1,4 +1,4 @@
-"""A run folder: its name, its files, its status. Every file is written whole or not at all.
+"""A run folder: its name, its files, its status. Files are written whole or not at all; logs grow by whole lines.
 
     runs/2026-11-22_sst2_minilm_r8_1a2b3c4d/
         config.yaml  overrides.txt  run.json  metrics.jsonl  log.txt
@@ -16,8 +16,6 @@ import json
 import math
 import os
 import re
-import shutil
-import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,7 +23,10 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from lora_cli.disk import atomic_folder, open_plain, read_object, write_atomic
 from lora_cli.errors import RunError, printable
+from lora_cli.runs.facts import FORMAT, checked_facts
+from lora_cli.spec import SPLITS
 
 __all__ = [
     "FORMAT",
@@ -41,11 +42,14 @@ __all__ = [
     "write_jsonl",
 ]
 
-FORMAT = 1
-"""Version of the layout above; a run of a newer one is refused."""
 MAX_CONFIG_BYTES = 1 << 20
-_NOT_IN_SIGNATURE = ("tracker", "resume", "device.threads", "device.name", "train.log_every", "train.keep")
+_NOT_IN_SIGNATURE = (
+    *("tracker.", "resume", "device.threads", "device.name"),
+    *("train.log_every", "train.save_every", "train.keep"),
+)
 """Keys that change where or how often something is written, not the result."""
+_PATHS = (("model", "path"), *(("task", "data", split) for split in SPLITS))
+"""Keys that may name a file or folder, as it was typed."""
 
 
 class RunDirectory:
@@ -73,7 +77,9 @@ class RunDirectory:
             write_atomic(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
             write_atomic(path / "overrides.txt", "".join(f"{override}\n" for override in overrides))
         run = cls(path)
-        run.update(format=FORMAT, status="running", signature=signature(config), started=_now())
+        run.update(
+            format=FORMAT, status="running", signature=signature(config), started=_now(), started_in=str(Path.cwd())
+        )
         return run
 
     @staticmethod
@@ -115,11 +121,7 @@ class RunDirectory:
         Raises:
             RunError: it is missing, damaged, or of a newer version.
         """
-        facts = read_json(self.path / "run.json")
-        if not isinstance(facts.get("format"), int) or facts["format"] > FORMAT:
-            made = printable(facts.get("format"))
-            raise RunError(f"{self.path}: made by a newer lora (run format {made}; this one reads up to {FORMAT})")
-        return facts
+        return checked_facts(read_json(self.path / "run.json"), self.path)
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, on disk when this returns."""
@@ -130,10 +132,9 @@ class RunDirectory:
         """Drop lines after `step`, and a torn last one: the log of a resumed run has no step twice."""
         file = self.path / "metrics.jsonl"
         kept = []
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):
-                row = json.loads(line)
-                if row["step"] <= step:
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
+            with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
+                if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
         write_atomic(file, "".join(kept))
 
@@ -145,6 +146,12 @@ class RunDirectory:
     def write_predictions(self, split: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """predictions/<split>.jsonl: one line an example, in the order of the data."""
         write_jsonl(self.path / "predictions" / f"{split}.jsonl", rows)
+
+    def stopped(self, error: BaseException) -> None:
+        """Note in run.json and in the log what ended the training before its time."""
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        self.update(status=status, error=f"{type(error).__name__}: {error}".removesuffix(": "))
+        self.log(f"stopped: {type(error).__name__}: {error}")
 
     def finish(self, **facts: Any) -> None:
         """Mark the run finished and let runs/latest point to it."""
@@ -167,18 +174,24 @@ def result_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 def read_saved_config(path: Path) -> dict[str, Any]:
     """config.yaml of the run at `path` as plain dicts; {} for a bare adapter folder.
 
+    A relative path in it that leads nowhere from here is taken from where the run was started.
+
     Raises:
         RunError: too large, no mapping, or holds an alias, a tag, an interpolation or an instantiation key.
     """
     file = path / "config.yaml"
     if not file.exists():
         return {}
-    text = _read_text(file, MAX_CONFIG_BYTES)
+    with open_plain(file, RunError, limit=MAX_CONFIG_BYTES) as handle:
+        data = handle.read(MAX_CONFIG_BYTES)
     try:
+        text = data.decode()
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
                 raise RunError(f"{file}: YAML aliases and tags are not allowed in a run's config")
         config = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise RunError(f"{file}: not UTF-8 text (byte {error.start})") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise RunError(f"{file}: not readable as YAML ({printable(str(error).splitlines()[0], 80)})") from error
     if not isinstance(config, dict):
@@ -191,6 +204,8 @@ def read_saved_config(path: Path) -> dict[str, Any]:
     # Somebody else's run may name a model whose repository holds code; running it is only ever typed by hand.
     if isinstance(config.get("model"), dict):
         config["model"]["trust_remote_code"] = False
+    if (path / "run.json").exists():
+        _find_paths(config, RunDirectory(path).facts().get("started_in", ""))
     return config
 
 
@@ -200,14 +215,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         RunError: missing, not a regular file, too large, or no JSON object.
     """
-    text = _read_text(file, 64 * MAX_CONFIG_BYTES)
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise RunError(f"{file}: not readable as JSON ({printable(error, 80)})") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{file}: holds no JSON object")
-    return value
+    return read_object(file, RunError, limit=64 * MAX_CONFIG_BYTES)
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -218,41 +226,6 @@ def write_json(file: Path, value: Any) -> None:
 def write_jsonl(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line, atomically."""
     write_atomic(file, "".join(map(_json_line, rows)))
-
-
-def write_atomic(file: Path, text: str) -> None:
-    """Write `text` so that `file` is, at any moment, the old one or the new one, whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends well, and vanishes otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def point_latest(path: Path) -> None:
@@ -284,6 +257,19 @@ def _free_name(path: Path) -> Path:
     return candidate
 
 
+def _find_paths(config: dict[str, Any], started_in: str) -> None:
+    """Put `started_in` before each relative path in `config` that leads somewhere only from there."""
+    for *groups, key in _PATHS:
+        node: Any = config
+        for group in groups:
+            node = node.get(group) if isinstance(node, dict) else None
+        if isinstance(node, dict) and isinstance(typed := node.get(key), str):
+            with contextlib.suppress(OSError, ValueError):
+                there = Path(started_in, typed)
+                if not Path(typed).exists() and there.exists():
+                    node[key] = str(there)
+
+
 def _flatten(node: object, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(node, Mapping) and node:
         for key, value in node.items():
@@ -293,21 +279,6 @@ def _flatten(node: object, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flatten(item, f"{path}.{number}")
     else:
         yield path, node
-
-
-def _read_text(file: Path, limit: int) -> str:
-    try:
-        info = file.lstat()
-    except FileNotFoundError:
-        raise RunError(f"{file}: not there") from None
-    if not stat.S_ISREG(info.st_mode):
-        raise RunError(f"{file}: not a regular file")
-    if info.st_size > limit:
-        raise RunError(f"{file}: {info.st_size:,} bytes; at most {limit:,} are read")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RunError(f"{file}: not UTF-8 text (byte {error.start})") from error
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from lora_cli.errors import ConfigError, DataError
 from lora_cli.spec import ClassificationSpec
-from lora_cli.tasks.encoding import Encoded, Example, columns_of, encode_rows, text_cells
+from lora_cli.tasks.encoding import Encoded, Example, Reader, columns_of, encode_rows, text_cells
 from lora_cli.tasks.labels import label_cells, label_ids, label_names, label_numbers
 from lora_cli.tasks.rows import Rows
 from lora_cli.tasks.scoring import Scorer
@@ -35,6 +35,7 @@ class Classification:
 
     def __init__(self, spec: ClassificationSpec, *, labels: Sequence[str] | None = None) -> None:
         self.spec = spec
+        self.label, self.regression = spec.label, spec.regression
         self.labels: tuple[str, ...] | None = None
         self._pad_token_id = 0
         known = labels or spec.labels or spec.choices
@@ -61,10 +62,26 @@ class Classification:
         """The metric that chooses the best checkpoint."""
         return self.spec.metrics[0]
 
+    generates = False
+    """Whether scoring needs generated text: never."""
+
+    def describe(self) -> str:
+        """What goes in and what comes out, for people."""
+        return f"{' + '.join(self.spec.text)} → {', '.join(self.labels) if self.labels else 'a number'}"
+
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns of text that a row must have."""
         return tuple(column for entry in [*self.spec.text, *self.spec.choices] for column in columns_of(entry))
+
+    @property
+    def all_columns(self) -> tuple[str, ...]:
+        """Columns by which a row is a repeat of another: those of text."""
+        return self.columns
+
+    def collate_packed(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Refused by the spec (train.packing): a head reads one token of each row."""
+        raise NotImplementedError
 
     def fit_labels(self, rows: Rows) -> None:
         """Take the labels from the training rows, unless they are known; check that there is something to learn.
@@ -91,18 +108,17 @@ class Classification:
         text_cells(rows, [*self.spec.text, *self.spec.choices])
         self._label_values(rows)
 
-    def encode(self, rows: Rows, tokenizer: Any) -> Encoded:
+    def encode(self, rows: Rows, reader: Reader) -> Encoded:
         """Examples with labels. The tokenizer's pad id is remembered for `collate`.
 
         Raises:
             DataError: as `check`.
         """
-        return self._encoded(rows, tokenizer, self._label_values(rows))
+        return self._encoded(rows, reader.tokenizer, self._label_values(rows))
 
-    def encode_texts(self, rows: Sequence[dict[str, Any]] | Rows, tokenizer: Any, *, source: str = "input") -> Encoded:
-        """Examples without labels, for prediction. `source` stands in messages for the place of plain dicts."""
-        rows = rows if isinstance(rows, Rows) else Rows(rows, source=source)
-        return self._encoded(rows, tokenizer, [None] * len(rows))
+    def encode_texts(self, rows: Rows, reader: Reader) -> Encoded:
+        """Examples without labels, for prediction."""
+        return self._encoded(rows, reader.tokenizer, [None] * len(rows))
 
     def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """One batch, padded on the right to its longest sequence.

@@ -5,18 +5,30 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from lora_cli.errors import DataError, ModelError, printable
 from lora_cli.tasks.rows import Rows, unknown
 
-__all__ = ["Encoded", "Example", "columns_of", "encode_rows", "text_cells"]
+__all__ = ["Encoded", "Example", "Reader", "columns_of", "encode_rows", "text_cells"]
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CHARACTERS_PER_TOKEN = 50
 """Text beyond this many characters per token that fits is dropped before tokenizing, and counted as truncated:
 the tokenizer would else lay out all of it, for a pair all combinations of the pieces of both texts."""
+
+
+class Reader(Protocol):
+    """What a task has to know of the model that will read its examples."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+
+    @property
+    def decoder_start(self) -> int | None:
+        """The token that an encoder-decoder's answer starts from; None: not an encoder-decoder that writes."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,7 @@ class Example:
 class Encoded:
     """A split's examples, and what happened on the way."""
 
-    examples: list[Example]
+    examples: Sequence[Any]
     num_truncated: int
     """Rows of which text was cut off."""
     num_empty: int

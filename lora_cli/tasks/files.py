@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lora_cli.disk import shown
 from lora_cli.errors import DataError, printable
 
 __all__ = ["EXTENSIONS", "Record", "read_records", "read_stdin", "separator", "shown"]
@@ -22,13 +23,6 @@ Record = tuple[int, dict[str, Any]]
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _MAX_LINE = 64 * 2**20
-_MAX_PATH = 90
-
-
-def shown(path: str | Path) -> str:
-    """The path for messages; of a very long one the end, so that the line number after it is not cut off."""
-    text = str(path)
-    return text if len(text) <= _MAX_PATH else f"…{text[1 - _MAX_PATH :]}"
 
 
 def separator(path: str | Path) -> str:

@@ -62,6 +62,16 @@ class Rows:
             num_unlabelled=self.num_unlabelled,
         )
 
+    def replaced(self, rows: Sequence[dict[str, Any]]) -> Rows:
+        """Other cells at the same places, row by row."""
+        return Rows(
+            rows,
+            source=self.source,
+            numbers=self._numbers,
+            separator=self._separator,
+            num_unlabelled=self.num_unlabelled,
+        )
+
     @functools.cached_property
     def columns(self) -> tuple[str, ...]:
         """Columns that at least one row has, in order of appearance."""

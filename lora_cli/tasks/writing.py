@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_cli.disk import atomic_file
 from lora_cli.errors import ConfigError
 
 __all__ = ["check_format", "write_rows"]
@@ -24,13 +24,8 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         ConfigError: no such format. Nothing has been read from `rows` by then.
     """
     check_format(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_file(path) as temporary:
         _WRITERS[path.suffix](temporary, rows)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_format(path: Path) -> None:

@@ -1,0 +1,240 @@
+"""From prompts and answers to token ids, with what is learnt marked. Knows a tokenizer, nothing of rows or models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lora_cli.errors import ConfigError, ModelError
+from lora_cli.tasks.encoding import Encoded
+from lora_cli.tasks.prompts import Prompt
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["IGNORED", "EncodedTexts", "Query", "TextExample", "Writer", "collate", "collate_packed"]
+
+IGNORED = -100
+"""Label of a position that is not learnt. Positions are masked by place: a pad or end mark inside a text is a token."""
+_CHARACTERS_PER_TOKEN = 50
+"""Cells beyond this many characters per token that fits are dropped before tokenizing, and counted as truncated."""
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """One text as the model reads it and what it has to write.
+
+    Of a decoder, `labels` stand beside `input_ids`, IGNORED where nothing is learnt. Of an encoder-decoder,
+    `labels` are the decoder's text, as long as that is.
+    """
+
+    index: int
+    """Position among the examples of the split."""
+    input_ids: list[int]
+    labels: list[int]
+    decoder_start: int | None = None
+    """The token that starts an encoder-decoder's answer; None: a decoder."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model reads."""
+        return len(self.input_ids) + (len(self.labels) if self.decoder_start is not None else 0)
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that it has to predict."""
+        return sum(label != IGNORED for label in self.labels)
+
+
+@dataclass(frozen=True)
+class Query:
+    """One distinct prompt, to be answered once and scored against all its references."""
+
+    index: int
+    """Position among the queries of the split."""
+    text: str
+    input_ids: list[int]
+    references: list[str] = field(default_factory=list)
+    group: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class EncodedTexts(Encoded):
+    """A split's examples and queries, and what happened on the way."""
+
+    queries: list[Query] = field(default_factory=list)
+    num_cut_targets: int = 0
+    """Examples whose answer was cut."""
+
+
+class Writer:
+    """A tokenizer with what it takes to write: how a prompt begins and ends, and the mark that ends an answer.
+
+    `decoder_start` is the model's, None for a decoder. What stands in a text is text: only this class adds special
+    tokens, except in a chat template, which is made of them.
+
+    Raises:
+        ModelError: the tokenizer is a slow one, or has no end mark.
+    """
+
+    def __init__(self, tokenizer: Any, decoder_start: int | None) -> None:
+        if not tokenizer.is_fast:
+            raise ModelError(f"{type(tokenizer).__name__}: only fast tokenizers (tokenizer.json) can be used")
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"{type(tokenizer).__name__}: has no end mark (eos_token), so no answer could end")
+        self.tokenizer, self.decoder_start, self.eos = tokenizer, decoder_start, int(tokenizer.eos_token_id)
+        self.max_length = int(tokenizer.model_max_length)
+        bare, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+        start = next(k for k in range(len(whole)) if whole[k : k + len(bare)] == bare)
+        self._before, self._after = whole[:start], whole[start + len(bare) :]
+
+    def budget(self, max_length: int, reserved: int) -> int:
+        """Tokens that a prompt may have beside `reserved` ones of an answer.
+
+        Raises:
+            ConfigError: the model's positions leave no room for it.
+        """
+        room = self.max_length - (reserved if self.decoder_start is None else 0)
+        if room < 1:
+            raise ConfigError(
+                "task.max_target_length",
+                reserved,
+                f"at most {self.max_length - 1}: the model has {self.max_length} positions",
+            )
+        return min(max_length, room)
+
+    def prompts(self, prompts: Sequence[Prompt], budget: int, side: str) -> tuple[list[list[int]], list[bool]]:
+        """(token ids, whether it was cut) of each prompt: the longest of its cells is cut at `side`, the template last."""
+        clipped = [_clipped(prompt, budget * _CHARACTERS_PER_TOKEN, side) for prompt in prompts]
+        encoded = self._tokenized([prompt.text for prompt in clipped], offsets=True)
+        # What follows a text of an encoder would end a decoder's before its answer.
+        after = self._after if self.decoder_start is not None else []
+        found, cuts = [], []
+        rows = zip(prompts, clipped, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        for prompt, shorter, ids, offsets in rows:
+            end = [*([self.eos] if prompt.ends else []), *after]
+            kept = _fitted(offsets, shorter.cells, budget - len(self._before) - len(end), side)
+            found.append([*self._before, *(ids[position] for position in kept), *end])
+            cuts.append(len(kept) < len(ids) or shorter is not prompt)
+        return found, cuts
+
+    def targets(self, texts: Sequence[str], most: int) -> tuple[list[list[int]], list[bool]]:
+        """(token ids, whether it was cut) of each answer: at most `most`, the last one always the end mark."""
+        limit = most * _CHARACTERS_PER_TOKEN
+        encoded = self._tokenized([text[:limit] for text in texts])["input_ids"]
+        # BART's answers begin as its texts do.
+        before = self._before if self.decoder_start is not None else []
+        room = most - len(before) - 1
+        ids = [[*before, *found[:room], self.eos] for found in encoded]
+        return ids, [len(found) > room or len(text) > limit for found, text in zip(encoded, texts, strict=True)]
+
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, with the mark that begins a text, if the model has one, and the one that ends it."""
+        return [[*self._before, *ids, self.eos] for ids in self._tokenized(texts)["input_ids"]]
+
+    def rendered(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts from a chat template: special tokens in them are meant."""
+        return list(self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"])
+
+    def _tokenized(self, texts: Sequence[str], *, offsets: bool = False) -> Any:
+        if not texts:
+            return {"input_ids": [], "offset_mapping": []}
+        return self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_offsets_mapping=offsets,
+        )
+
+
+def collate(examples: Sequence[TextExample], pad: int) -> dict[str, torch.Tensor]:
+    """One batch, padded on the right.
+
+    Shapes: input_ids, attention_mask (N, longest); labels the same, or, of an encoder-decoder, with
+    decoder_input_ids (N, longest answer): the labels shifted right behind the start token.
+    """
+    labels = [example.labels for example in examples]
+    batch = {
+        "input_ids": _padded([example.input_ids for example in examples], pad),
+        "attention_mask": _padded([[1] * len(example.input_ids) for example in examples], 0),
+        "labels": _padded(labels, IGNORED),
+    }
+    if examples[0].decoder_start is not None:
+        start = examples[0].decoder_start
+        batch["decoder_input_ids"] = _padded([[start, *ids[:-1]] for ids in labels], pad)
+    return batch
+
+
+def collate_packed(examples: Sequence[TextExample], pad: int) -> dict[str, torch.Tensor]:
+    """The same examples laid end to end in as few rows as the longest one allows; of decoders only.
+
+    Shapes: input_ids, labels, position_ids (rows, longest row). Positions start again at 0 with every example (and
+    with the padding), from which transformers makes a block-diagonal mask when it is given no attention_mask.
+    """
+    import torch
+
+    ordered = sorted(examples, key=lambda example: -len(example.input_ids))
+    width = len(ordered[0].input_ids)
+    rows: list[list[TextExample]] = []
+    for example in ordered:
+        fits = (row for row in rows if sum(len(e.input_ids) for e in row) + len(example.input_ids) <= width)
+        row = next(fits, None)
+        if row is None:
+            rows.append(row := [])
+        row.append(example)
+    ids, labels, positions = [], [], []
+    for row in rows:
+        gap = width - sum(len(example.input_ids) for example in row)
+        ids.append([token for example in row for token in example.input_ids] + [pad] * gap)
+        # No example predicts the first token of the next one.
+        labels.append([x for e in row for x in [IGNORED, *e.labels[1:]]] + [IGNORED] * gap)
+        positions.append([place for example in row for place in range(len(example.input_ids))] + list(range(gap)))
+    return {
+        "input_ids": torch.tensor(ids),
+        "labels": torch.tensor(labels),
+        "position_ids": torch.tensor(positions),
+    }
+
+
+def _padded(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    import torch
+
+    longest = max(map(len, sequences))
+    return torch.tensor([[*sequence, *[value] * (longest - len(sequence))] for sequence in sequences])
+
+
+def _clipped(prompt: Prompt, limit: int, side: str) -> Prompt:
+    """The prompt with every cell cut to `limit` characters: the tokenizer would else lay out all of it."""
+    if all(end - start <= limit for start, end in prompt.cells):
+        return prompt
+    text, cells, last = "", [], 0
+    for start, end in prompt.cells:
+        cell = prompt.text[start:end]
+        text += prompt.text[last:start]
+        cells.append((len(text), len(text) + min(limit, len(cell))))
+        text += cell[:limit] if side == "right" else cell[-limit:]
+        last = end
+    return Prompt(text + prompt.text[last:], tuple(cells))
+
+
+def _fitted(offsets: Sequence[tuple[int, int]], cells: Sequence[tuple[int, int]], budget: int, side: str) -> list[int]:
+    """Positions of the tokens to keep: of the longest cell, then the next, as many go at `side` as are too many."""
+    excess, dropped = len(offsets) - budget, set[int]()
+    if excess <= 0:
+        return list(range(len(offsets)))
+    inside = [[i for i, (start, end) in enumerate(offsets) if first <= start and end <= last] for first, last in cells]
+    for positions in sorted(inside, key=len, reverse=True):
+        drop = min(excess - len(dropped), len(positions))
+        dropped.update(positions[len(positions) - drop :] if side == "right" else positions[:drop])
+    kept = [position for position in range(len(offsets)) if position not in dropped]
+    # A template longer than the budget: nothing is left but to cut it as well.
+    if len(kept) > max(budget, 0):
+        kept = kept[: max(budget, 0)] if side == "right" else kept[len(kept) - max(budget, 0) :]
+    return kept
