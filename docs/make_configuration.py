@@ -41,11 +41,13 @@ def _train() -> Iterable[str]:
 
 
 def _others() -> Iterable[str]:
+    known = {key.section for key in keys_of(VERBS["train"]) if key.section}
     for verb, schema in VERBS.items():
         if verb == "train":
             continue
-        own = [key for key in keys_of(schema) if not key.section]
-        shared = ", ".join(f"`{group}.*`" for group, nested in nested_specs(schema) if nested)
+        groups = [group for group, nested in nested_specs(schema) if nested]
+        own = [key for key in keys_of(schema) if key.section not in known]
+        shared = ", ".join(f"`{group}.*`" for group in groups if group in known)
         yield f"\n## lora {verb}\n"
         if own:
             yield _table(own) + "\n"

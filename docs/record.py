@@ -1,10 +1,12 @@
 """A terminal session as a picture: python docs/record.py FILE.svg "lora train ..." "lora infer ...".
 
 Runs each command in a pseudo-terminal of its own, in one scratch folder, and draws what a person saw at the end.
+Folders that the commands read are lent to the scratch folder by --lend FOLDER, under their last name.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import pty
@@ -23,6 +25,10 @@ COLUMNS = 116
 _CONTROL = re.compile(r"\x1b\[\?25[lh]|\x1b\[2K|\x1b\[1A|\r\n|\r|\n")
 _FONT_FACES = re.compile(r"@font-face \{\{.*?\}\}", re.DOTALL)
 """They name a font on another host; a picture in a repository must not dial out."""
+_INDENTED = re.compile(r'x="([\d.]+)"( y="[\d.]+" textLength=)"([\d.]+)"([^>]*)>((?:&#160;)+)')
+"""Text that begins with blanks: some viewers drop them, and draw the text too far to the left."""
+_CHARACTER = 12.2
+"""Width of one in rich's pictures."""
 
 
 def record(command: str, folder: Path) -> str:
@@ -80,15 +86,28 @@ def draw(sessions: list[tuple[str, list[str]]]) -> str:
             console.print(Text.from_ansi(line), soft_wrap=False)
     code_format = _FONT_FACES.sub("", CONSOLE_SVG_FORMAT).replace("Fira Code", "DejaVu Sans Mono, Menlo, Consolas")
     svg = console.export_svg(title="lora", theme=MONOKAI, code_format=code_format)
-    return "".join(line.rstrip() + "\n" for line in svg.splitlines())
+    return "".join(_INDENTED.sub(_moved, line).rstrip() + "\n" for line in svg.splitlines())
 
 
-def main(target: Path, commands: list[str]) -> None:
-    """Run `commands` and draw them to `target`."""
+def _moved(text: re.Match[str]) -> str:
+    """The same text begun where its first blanks end."""
+    indent = _CHARACTER * text[5].count(";")
+    return f'x="{float(text[1]) + indent:.1f}"{text[2]}"{max(0.0, float(text[3]) - indent):.1f}"{text[4]}>'
+
+
+def main(target: Path, commands: list[str], lent: list[Path]) -> None:
+    """Run `commands`, with the folders `lent` to them, and draw them to `target`."""
     with tempfile.TemporaryDirectory() as folder:
+        for path in lent:
+            (Path(folder) / path.name).symlink_to(path.resolve())
         sessions = [(command, final_lines(record(command, Path(folder)))) for command in commands]
     target.write_text(draw(sessions), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("commands", nargs="+")
+    parser.add_argument("--lend", type=Path, action="append", default=[])
+    words = parser.parse_args()
+    main(words.target, words.commands, words.lend)

@@ -1,8 +1,8 @@
 """A small base model of one's own from the text of a local mirror: `python examples/pretrain.py gpt2 FOLDER`, or t5.
 
-Nothing is downloaded. The text is what the mirror (LORA_HUB_ROOT, or --data) has of English prose: train splits of GLUE,
-CB, COPA and SAMSum, and of SNLI, MNLI and BoolQ, whose train splits a small mirror may lack, the validation split's
-text, never its labels. SAMSum dialogues that also stand in its validation or test split are left out.
+Nothing is downloaded. The text is what the mirror (LORA_HUB_ROOT, or --data) has of English prose: train splits of
+GLUE, CB, COPA and SAMSum, and of SNLI, MNLI and BoolQ, whose train splits a small mirror may lack, the validation
+split's text, never its labels. SAMSum rows whose dialogue also stands in its other splits are left out.
 
 gpt2 (causal language model) also reads WebNLG's train split and DART's validation split as `triples<|endoftext|> text`,
 so that it learns to put data into words. **No E2E NLG at all**, nor the texts in DART that come from it: E2E is what
@@ -19,17 +19,13 @@ import argparse
 import math
 import os
 import random
-import re
 import sys
 import time
-import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -42,87 +38,10 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from lora_cli.tasks.text.linearise import linearise_dart, linearise_webnlg
+from denoising import SENTINELS, Batch, corrupt, gap, padded
+from mirror_text import END, data_to_text, dialogues, prose, split
 
-Batch = dict[str, torch.Tensor]
-
-END, VOCABULARY, POSITIONS, ROW, DIALOGUE = "<|endoftext|>", 4096, 512, 192, 256
-SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
-PROSE = {
-    "nyu-mll/glue/sst2/train": ["sentence"],
-    "nyu-mll/glue/cola/train": ["sentence"],
-    "nyu-mll/glue/mrpc/train": ["sentence1", "sentence2"],
-    "nyu-mll/glue/rte/train": ["sentence1", "sentence2"],
-    "nyu-mll/glue/stsb/train": ["sentence1", "sentence2"],
-    "nyu-mll/glue/wnli/train": ["sentence1"],
-    "nyu-mll/glue/qnli/train": ["question", "sentence"],
-    "nyu-mll/glue/qqp/train": ["question1", "question2"],
-    "nyu-mll/glue/mnli/validation_matched": ["premise", "hypothesis"],
-    "stanfordnlp/snli/plain_text/validation": ["premise", "hypothesis"],
-    "aps/super_glue/boolq/validation": ["passage"],
-    "aps/super_glue/cb/train": ["premise"],
-    "aps/super_glue/copa/train": ["premise", "choice1", "choice2"],
-    "knkarthick/samsum/default/train": ["summary"],
-}
-"""Split → its columns of prose. SAMSum's dialogues come from `dialogues`."""
-
-
-def rows(root: Path, split: str) -> list[dict[str, Any]]:
-    """The rows of `hub id/config/split`; none if the mirror lacks it."""
-    folder, _, name = split.rpartition("/")
-    files = sorted((root / "datasets" / folder).glob(f"{name}-*.parquet"))
-    return [row for file in files for row in pq.read_table(file).to_pylist()]
-
-
-def dialogues(root: Path) -> list[str]:
-    """SAMSum's train dialogues, without those that are in another split too."""
-    elsewhere = {
-        row["dialogue"] for name in ("validation", "test") for row in rows(root, f"knkarthick/samsum/default/{name}")
-    }
-    found = [row["dialogue"] for row in rows(root, "knkarthick/samsum/default/train")]
-    return [text for text in dict.fromkeys(found) if text not in elsewhere]
-
-
-def prose(root: Path) -> list[str]:
-    """Every text of PROSE once; of CoLA the acceptable sentences, of SST-2's nested phrases the outermost."""
-    texts: list[str] = []
-    for split, columns in PROSE.items():
-        kept = [row for row in rows(root, split) if "cola" not in split or row["label"] == 1]
-        found = [row[column].strip() for row in kept for column in columns]
-        texts += outermost(found) if "sst2" in split else found
-    return [text for text in dict.fromkeys(texts) if text]
-
-
-def outermost(phrases: Sequence[str]) -> list[str]:
-    """The phrases that are not inside another one."""
-    kept, inner = [], set()
-    for phrase in sorted(set(phrases), key=len, reverse=True):
-        if phrase not in inner:
-            kept.append(phrase)
-            words = phrase.split()
-            inner.update(" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1))
-    return kept
-
-
-def data_to_text(root: Path) -> list[str]:
-    """`triples<|endoftext|> text` for every reference of WebNLG's train split, and of DART's validation split what is its own."""
-    pairs = []
-    for row in rows(root, "webnlg-challenge/web_nlg/webnlg_challenge_2017/train"):
-        line = linearise_webnlg(row["modified_triple_sets"]["mtriple_set"][0])
-        # Names as in WebNLG for every second text only: elsewhere data have blanks, and copying them is to be learnt.
-        names = [line, line.replace("_", " ")]
-        pairs += [(names[place % 2], text) for place, text in enumerate(row["lex"]["text"])]
-    for row in rows(root, "Yale-LILY/dart/default/validation"):
-        told = zip(row["annotations"]["source"], row["annotations"]["text"], strict=True)
-        pairs += [(linearise_dart(row["tripleset"]), text) for source, text in told if source.startswith("Wiki")]
-    return list(dict.fromkeys(f"{line}{END} {text.strip()}" for line, text in pairs))
-
-
-def split(texts: Sequence[str], rng: random.Random) -> tuple[list[str], list[str]]:
-    """Train and held-out texts, in random order. A text's own checksum decides, so that no seed moves one over."""
-    texts = rng.sample(texts, len(texts))
-    held_out = [text for text in texts if zlib.crc32(text.encode()) % 100 == 0]
-    return [text for text in texts if zlib.crc32(text.encode()) % 100], held_out or texts[:1]
+VOCABULARY, POSITIONS, ROW, DIALOGUE = 4096, 512, 192, 256
 
 
 def byte_level_bpe(texts: Sequence[str], special: Sequence[str], **roles: Any) -> PreTrainedTokenizerFast:
@@ -166,13 +85,13 @@ def endless(number: int, batch_size: int, rng: random.Random) -> Iterator[list[i
 
 @dataclass
 class Plan:
-    """What one training needs. `held_out` maps an objective's name to its batches."""
+    """What one training needs: the optimizer with its highest rate, and the held-out batches of each objective."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
+    optimizer: torch.optim.Optimizer
     train: Iterator[Batch]
     held_out: dict[str, list[Batch]]
-    lr: float
 
 
 def plan_gpt2(root: Path, batch_size: int, rng: random.Random) -> Plan:
@@ -182,7 +101,8 @@ def plan_gpt2(root: Path, batch_size: int, rng: random.Random) -> Plan:
     end = tokenizer.eos_token_id
     model = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=len(tokenizer), n_positions=POSITIONS, n_embd=192, n_layer=4, n_head=4, activation_function="gelu_pytorch_tanh",
+            vocab_size=len(tokenizer), n_positions=POSITIONS, n_embd=192, n_layer=4, n_head=4,
+            activation_function="gelu_pytorch_tanh",
             bos_token_id=end, eos_token_id=end, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )
     )  # fmt: skip
@@ -196,12 +116,13 @@ def plan_gpt2(root: Path, batch_size: int, rng: random.Random) -> Plan:
             positions = torch.arange(start, start + ids.shape[1]).expand_as(ids)
             yield {"input_ids": ids, "labels": ids, "position_ids": positions}
 
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     fresh = pack(encode(tokenizer, held_out), end).split(batch_size)
-    return Plan(model, tokenizer, batches(), {"text": [{"input_ids": ids, "labels": ids} for ids in fresh]}, lr=2e-3)
+    return Plan(model, tokenizer, optimizer, batches(), {"text": [{"input_ids": ids, "labels": ids} for ids in fresh]})
 
 
 def plan_t5(root: Path, batch_size: int, rng: random.Random) -> Plan:
-    """An encoder and decoder of 6.6 M parameters."""
+    """An encoder and decoder of 3.9 M parameters."""
     talks, held_out_talks = split(dialogues(root), rng)
     train, held_out = split(prose(root), rng)
     special = ["<pad>", "</s>", *SENTINELS]
@@ -209,7 +130,7 @@ def plan_t5(root: Path, batch_size: int, rng: random.Random) -> Plan:
     tokenizer = byte_level_bpe(train + talks, special, **roles)
     model = T5ForConditionalGeneration(
         T5Config(
-            vocab_size=len(tokenizer), d_model=256, d_kv=64, d_ff=1024, num_layers=3, num_heads=4, dropout_rate=0.0,
+            vocab_size=len(tokenizer), d_model=192, d_kv=64, d_ff=768, num_layers=3, num_heads=3, dropout_rate=0.0,
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
             decoder_start_token_id=tokenizer.pad_token_id, tie_word_embeddings=True,
         )
@@ -223,7 +144,7 @@ def plan_t5(root: Path, batch_size: int, rng: random.Random) -> Plan:
     def gaps(talks: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         sources, targets = zip(*[gap(talk) for talk in talks if talk.count("\n") >= 2], strict=True)
         pairs = zip(encode(tokenizer, sources), encode(tokenizer, targets), strict=True)
-        return [([*source[:DIALOGUE], end], [*target, end]) for source, target in pairs]
+        return [([*source, end], [*target, end]) for source, target in pairs if len(source) < DIALOGUE]
 
     blocks, turns = pack(encode(tokenizer, train + talks), end), gaps(talks)
 
@@ -239,77 +160,29 @@ def plan_t5(root: Path, batch_size: int, rng: random.Random) -> Plan:
         "spans": [spans(some, fixed) for some in fresh.split(batch_size)],
         "turns": [padded(fresh_turns[i : i + batch_size]) for i in range(0, len(fresh_turns), batch_size)],
     }
-    return Plan(model, tokenizer, batches(), held, lr=2e-3)
+    # As T5 was trained: steps relative to a weight's size, which is 1 in its embeddings and 0.07 and less elsewhere.
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=2e-2)
+    return Plan(model, tokenizer, optimizer, batches(), held)
 
 
-def corrupt(ids: Sequence[int], sentinels: Sequence[int], rng: random.Random) -> tuple[list[int], list[int]]:
-    """Source and target of span corruption: 15 % of the tokens in spans of 3 on average, each span for one sentinel.
-
-    The target is each sentinel and the span it stands for, then one sentinel more (arXiv:1910.10683, figure 2).
-    """
-    num_masked = max(1, round(0.15 * len(ids)))
-    num_spans = min(max(1, round(num_masked / 3)), len(ids) - num_masked, len(sentinels) - 1)
-    kept, masked = pieces(len(ids) - num_masked, num_spans, rng), pieces(num_masked, num_spans, rng)
-    source, target, place = [], [], 0
-    for sentinel, num_kept, num_gone in zip(sentinels, kept, masked, strict=False):
-        source += [*ids[place : place + num_kept], sentinel]
-        target += [sentinel, *ids[place + num_kept : place + num_kept + num_gone]]
-        place += num_kept + num_gone
-    return source, [*target, sentinels[num_spans]]
-
-
-def pieces(total: int, number: int, rng: random.Random) -> list[int]:
-    """`number` lengths of at least 1 that make `total`, every such list equally likely."""
-    cuts = [0, *sorted(rng.sample(range(1, total), number - 1)), total]
-    return [after - before for before, after in zip(cuts, cuts[1:], strict=False)]
-
-
-def gap(dialogue: str) -> tuple[str, str]:
-    """A dialogue with its most telling turn masked, and that turn: the highest ROUGE-1 F1 with all the others."""
-    turns = dialogue.splitlines()
-    words = [Counter(re.findall(r"\w+", turn.lower())) for turn in turns]
-    everything = sum(words, Counter())
-
-    def telling(place: int) -> int:
-        """Twice this over the number of all words is the F1, and that number is every turn's."""
-        return sum(min(count, everything[word] - count) for word, count in words[place].items())
-
-    best = max(range(len(turns)), key=telling)
-    return "\n".join([*turns[:best], SENTINELS[0], *turns[best + 1 :]]), turns[best]
-
-
-def padded(pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
-    """A batch of sources (padded with 0) and targets (padded with -100, which no loss counts)."""
-
-    def filled(ids: Sequence[list[int]], value: int) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence([torch.tensor(i) for i in ids], batch_first=True, padding_value=value)
-
-    source = filled([source for source, _ in pairs], 0)
-    mask = filled([[1] * len(source) for source, _ in pairs], 0)
-    return {"input_ids": source, "attention_mask": mask, "labels": filled([target for _, target in pairs], -100)}
-
-
-def fit(plan: Plan, *, steps: int | None, minutes: float, lr: float) -> float:
-    """Train with AdamW, the rate a cosine over the share of steps or of time; return tokens per second."""
-    optimizer = torch.optim.AdamW(plan.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+def fit(plan: Plan, *, steps: int | None, minutes: float) -> float:
+    """Train, the rate a cosine over the share of steps or of time; return tokens per second."""
+    peak = plan.optimizer.param_groups[0]["lr"]
     start, num_tokens, losses, step = time.monotonic(), 0, [], 0
     while (share := step / steps if steps else (time.monotonic() - start) / (60 * minutes)) < 1:
-        rate = lr * min(1.0, max(share, 1e-4) / 0.03) * (1 + math.cos(math.pi * share)) / 2
         batch = next(plan.train)
         loss = plan.model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(plan.model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
+        for group in plan.optimizer.param_groups:
+            group["lr"] = peak * min(1.0, max(share, 1e-4) / 0.03) * (1 + math.cos(math.pi * share)) / 2
+        plan.optimizer.step()
+        plan.optimizer.zero_grad()
         step, num_tokens, losses = step + 1, num_tokens + batch["input_ids"].numel(), [*losses[-99:], loss.item()]
         if step % 100 == 0:
             speed = num_tokens / (time.monotonic() - start)
-            told = (
-                f"step {step:6d}   loss {sum(losses) / len(losses):.3f}   lr {rate:.1e}   {speed / 1e3:.2f}k tokens/s"
-            )
-            print(f"{told}   {share:.0%}", file=sys.stderr, flush=True)
+            told = f"step {step:6d}   loss {sum(losses) / len(losses):.3f}   {speed:.0f} tokens/s   {share:.0%}"
+            print(told, file=sys.stderr, flush=True)
     return num_tokens / (time.monotonic() - start)
 
 
@@ -335,7 +208,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     bound.add_argument("--minutes", type=float, default=20.0, help="train this long (20)")
     bound.add_argument("--steps", type=int, help="train this many steps, the same at each call")
     parser.add_argument("--batch-size", type=int, default=4, help=f"rows of {ROW} tokens a step (4)")
-    parser.add_argument("--lr", type=float, help="highest learning rate")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -349,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = (plan_gpt2 if args.kind == "gpt2" else plan_t5)(args.data, args.batch_size, random.Random(args.seed))
     num = sum(parameter.numel() for parameter in plan.model.parameters())
     print(f"{args.kind} · {num / 1e6:.2f} M parameters · vocabulary {len(plan.tokenizer)}")
-    speed = fit(plan, steps=args.steps, minutes=args.minutes, lr=args.lr or plan.lr)
+    speed = fit(plan, steps=args.steps, minutes=args.minutes)
     for name, batches in plan.held_out.items():
         print(f"held-out perplexity ({name}) {perplexity(plan.model, batches):.2f}")
     plan.model.save_pretrained(args.folder)

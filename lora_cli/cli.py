@@ -22,9 +22,11 @@ from lora_cli.words import value_of
 __all__ = ["main"]
 
 _OUT_OF_MEMORY = "out of memory; a smaller train.batch_size or task.max_length needs less"
-_RUN_VERBS = ("eval", "infer")
+_RUN_VERBS = ("eval", "infer", "chat", "merge")
 """Verbs that take task and model from a saved run."""
-_WRITING_VERBS = ("train", "eval")
+_ANSWERING_VERBS = ("infer", "chat")
+"""Verbs that have nothing left to do when nobody reads what they say."""
+_WRITING_VERBS = ("train", "compare", "eval")
 """Verbs whose files go to a folder that hydra.run.dir may choose."""
 
 
@@ -35,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     verb = words[0] if words and not words[0].startswith("-") else ""
-    # A training goes on when nobody reads its lines any more; an infer without a reader has nothing left to do.
-    outlive_readers("stderr", *(["stdout"] if verb != "infer" else []))
+    # A training goes on when nobody reads its lines any more.
+    outlive_readers("stderr", *(["stdout"] if verb not in _ANSWERING_VERBS else []))
     with signals_and_warnings(f"lora {verb}" if verb in VERBS else "lora"):
         return _answer(verb, words)
 

@@ -23,8 +23,10 @@ __all__ = [
     "SAVED_GROUPS",
     "Job",
     "complete",
+    "compose",
     "conf_dir",
     "explain",
+    "group_flags",
     "group_options",
     "launch",
     "to_plain",
@@ -128,6 +130,28 @@ def complete(verb: str, words: Sequence[str], saved: Mapping[str, Mapping[str, A
     _register_saved(saved or {})
     sys.argv = ["lora", *words]
     hydra_main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(lambda cfg: None)()
+
+
+def compose(verb: str, words: Sequence[str]) -> Any:
+    """The checked config that `words`, as a job got them, make of `verb`. Only while `launch` runs a job, whose folders
+    of groups count here too.
+
+    Raises:
+        UserError: the words do not make a valid config.
+    """
+    from hydra import compose as hydra_compose
+
+    try:
+        return _validated(hydra_compose(config_name=verb, overrides=list(words)))
+    except LoraError:
+        raise
+    except Exception as error:
+        raise explain(error, verb) from error
+
+
+def group_flags() -> list[str]:
+    """Flags by which another command finds the folders of groups that this one was given."""
+    return [f"--config-dir={folder}" for folder in config_dirs(sys.argv)]
 
 
 def group_options(group: str, words: Sequence[str] = ()) -> list[str]:

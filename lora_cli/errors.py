@@ -27,12 +27,13 @@ __all__ = [
     "TrainingFailure",
     "UnknownName",
     "UserError",
+    "listed",
     "nearest",
     "printable",
 ]
 
 _MAX_NAMES = 12
-_MAX_LISTED = 165
+_MAX_LISTED = 210
 """Names, and characters of them, listed in a message; more would not fit on the one line a person reads."""
 
 
@@ -65,7 +66,7 @@ class UnknownName(ConfigError):  # noqa: N818 - it is what it says
         self.options, self.what = sorted(set(options)), what
         near = nearest(str(value), self.options)
         hint = f" Did you mean {near}?" if near else ""
-        super().__init__(key, value, f"no such {what or 'name'}.{hint} There are: {_listed(self.options)}")
+        super().__init__(key, value, f"no such {what or 'name'}.{hint} There are: {listed(self.options)}")
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.key, self.value, self.options, self.what)
@@ -115,6 +116,18 @@ def nearest(name: str, options: Sequence[str]) -> str | None:
     return close[0] if close else None
 
 
+def listed(options: Sequence[str], room: int = _MAX_LISTED) -> str:
+    """The first of `options` that fit into so many characters, and how many more there are."""
+    names: list[str] = []
+    for option in options[:_MAX_NAMES]:
+        name = printable(option, 40)
+        if names and len(", ".join([*names, name])) > room:
+            break
+        names.append(name)
+    rest = len(options) - len(names)
+    return (", ".join(names) or "none") + (f" and {rest} more" if rest else "")
+
+
 def printable(value: object, limit: int = 120) -> str:
     """`value` as text that is safe on a terminal: control characters escaped, cut to `limit`."""
     text = "".join(
@@ -122,15 +135,3 @@ def printable(value: object, limit: int = 120) -> str:
         for char in str(value)[: 2 * limit]
     )
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _listed(options: Sequence[str]) -> str:
-    if not options:
-        return "none"
-    names: list[str] = []
-    for option in options[:_MAX_NAMES]:
-        names.append(printable(option, 60))
-        if len(", ".join(names)) > _MAX_LISTED:
-            break
-    rest = len(options) - len(names)
-    return ", ".join(names) + (f" and {rest} more" if rest else "")

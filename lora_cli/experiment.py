@@ -5,26 +5,27 @@ Knows the task, the model and the engine; not Hydra, nor which files a run folde
 
 from __future__ import annotations
 
+import inspect
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from lora_cli import __version__
 from lora_cli.engine.checkpoint import Checkpoint, Progress
 from lora_cli.engine.device import Device, open_device
-from lora_cli.engine.evaluate import evaluate, predict, rehearse
+from lora_cli.engine.evaluate import evaluate, forward, predict, rehearse
 from lora_cli.engine.generate import generate
-from lora_cli.engine.selfcheck import check_same_logits
+from lora_cli.engine.selfcheck import check_same_logits, same_logits
 from lora_cli.engine.train import Objective, Outcome, Recorder, train
-from lora_cli.models import BaseModel, load_base
+from lora_cli.errors import ConfigError
+from lora_cli.models import BaseModel, load_base, save_config
 from lora_cli.nn import (
     Injection,
-    fingerprint,
     inject,
     load_adapter,
     load_trainable_state,
@@ -35,6 +36,7 @@ from lora_cli.nn import (
 )
 from lora_cli.spec import LOSS_DOWNWARDS, TEXT_METRICS, TrainRun
 from lora_cli.tasks import Encoded, EncodedTexts, Rows, Scorer, Task, TextScorer, TextTask
+from lora_cli.tasks.sequences import learnt
 
 __all__ = ["Experiment", "score_split"]
 
@@ -74,14 +76,22 @@ class Experiment:
         )
         base.model.to(device.device)
         data = {split: task.encode(found, base) for split, found in rows.items()}
+        if spec.train.packing:
+            _check_packing(task, base, data["train"], device)
         before = _logits(task, base, data["train"], device)
-        digest = fingerprint(base.model, fresh=base.fresh)
         injection = inject(
-            base.model, spec.lora, groups=base.groups, fresh=base.fresh, skip=base.skip, seed=spec.seed_for("init")
+            base.model,
+            spec.lora,
+            groups=base.groups,
+            fresh=base.fresh,
+            skip=base.skip,
+            new_rows=base.new_rows,
+            seed=spec.seed_for("init"),
         )
-        # B = 0 adds exactly 0. DoRA divides by a norm and multiplies by it, the identity only up to rounding.
+        # B = 0 adds exactly 0. DoRA divides by a norm and multiplies by it, the identity only up to rounding; so is a
+        # product of fewer rows.
         rounding = 1e-4 if device.precision == "fp32" else 2e-2
-        tolerance = 0.0 if spec.lora.variant == "lora" else rounding
+        tolerance = 0.0 if spec.lora.variant == "lora" and not base.new_rows else rounding
         after = _logits(task, base, data["train"], device)
         check_same_logits("a fresh adapter must not change the base model", before, after, tolerance=tolerance)
         return cls(
@@ -91,7 +101,7 @@ class Experiment:
             data=data,
             base=base,
             injection=injection,
-            fingerprint=digest,
+            fingerprint=base.fingerprint,
             device=device,
         )
 
@@ -99,7 +109,13 @@ class Experiment:
     def identity(self) -> dict[str, str]:
         """What a checkpoint belongs to, besides the configuration."""
         data = self.rows["train"].fingerprint + self.rows["validation"].fingerprint
-        return {"data": data, "base model": self.fingerprint}
+        libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+        return {
+            "data": data,
+            "base model": self.fingerprint,
+            "device": str(self.device),
+            "library versions": libraries,
+        }
 
     def rehearse(self) -> None:
         """Score the longest validation batch, so that what is too large for memory fails before the first step."""
@@ -141,6 +157,8 @@ class Experiment:
     def save(self, folder: Path) -> None:
         """Write the adapter, load it back from disk, and check that nothing was lost on the way.
 
+        A model that was trained whole gets its config beside it, so that transformers can load the folder.
+
         Raises:
             TrainingFailure: the loaded adapter computes other logits.
         """
@@ -153,8 +171,14 @@ class Experiment:
             revision=base.revision,
             task_type=base.task_type,
             fingerprint=self.fingerprint,
-            extra={"task": self.task.spec.name, "labels": list(self.task.labels) if self.task.labels else None},
+            extra={
+                "task": self.task.spec.name,
+                "labels": list(self.task.labels) if self.task.labels else None,
+                "tokens": self.spec.model.add_tokens,
+            },
         )
+        if self.spec.lora.variant == "full":
+            save_config(model, folder)
         expected = _logits(self.task, base, self.data["train"], self.device)
         remove(model)
         load_adapter(model, folder, fresh=base.fresh, fingerprint=self.fingerprint)
@@ -239,10 +263,11 @@ def score_split(
 ) -> Scorer | TextScorer:
     """A filled scorer of one split. Where the task's metrics need it, each distinct prompt is answered as well, unless
     `answers` is off; `progress` is told (answered, of all)."""
-    scorer: Scorer | TextScorer = evaluate(model, task, data.examples, device=device, batch_size=batch_size)
+    found = evaluate(model, task, data.examples, device=device, batch_size=batch_size)
+    scorer = cast("Scorer | TextScorer", found)
     if answers and task.generates:
         assert isinstance(scorer, TextScorer) and isinstance(task, TextTask) and isinstance(data, EncodedTexts)
-        found = generate(
+        answered = generate(
             model,
             data.queries,
             task.spec.decode,
@@ -251,9 +276,37 @@ def score_split(
             batch_size=batch_size,
             progress=progress,
         )
-        for number, text in found:
+        for number, text in answered:
             scorer.add_answer(data.queries[number], text)
     return scorer
+
+
+def _check_packing(task: Task, base: BaseModel, data: Encoded, device: Device) -> None:
+    """Refuse packing where a model would see the neighbours of a text or miscount its positions.
+
+    Raises:
+        ConfigError: texts laid end to end get other logits than each by itself.
+    """
+    refusal = ConfigError("train.packing", "true", f"not with {base.family}, which mixes texts that share a row")
+    if "position_ids" not in inspect.signature(base.model.forward).parameters:
+        raise refusal
+    # transformers takes a pad token at the end of a row for a forgotten mask, and prints advice.
+    base.model.config.pad_token_id = None
+    by_length = sorted(data.examples, key=lambda example: example.num_tokens)
+    pair = by_length[1::-1]
+    width = sum(example.num_tokens for example in pair)
+    longer = next((example for example in by_length[2:] if example.num_tokens >= width), None)
+    if longer is None:
+        return  # No two of them fit into the row of a third.
+    # In the order that packing lays them in, so that targets stand in the same one.
+    examples = [longer, *pair]
+    found = []
+    for collate in (task.collate, task.collate_packed):
+        batch = device.move(collate(examples))
+        with torch.inference_mode(), device.autocast():
+            found.append(learnt(forward(base.model, batch), batch)[0])
+    if not same_logits(*found, tolerance=1e-4 if device.precision == "fp32" else 2e-2):
+        raise refusal
 
 
 def _logits(task: Task, base: BaseModel, data: Encoded, device: Device) -> torch.Tensor:

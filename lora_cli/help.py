@@ -58,8 +58,8 @@ def print_verb(verb: str, words: Sequence[str] = ()) -> None:
     groups = [name for name, nested in spec.nested_specs(schema) if nested]
     print(_strong("groups") + "  (group=option)")
     for group in groups:
-        options = ", ".join(config.group_options(group, words))
-        print(_wrapped(f"  {group:9} ", options))
+        if options := config.group_options(group, words):
+            print(_wrapped(f"  {group:9} ", ", ".join(options)))
     section = None
     for key in keys_of(schema):
         if key.section != section:
@@ -74,8 +74,11 @@ def keys_of(schema: type) -> Iterator[Key]:
     nested = dict(spec.nested_specs(schema))
     yield from (_key("", "", field, schema) for field in dataclasses.fields(schema) if not nested[field.name])
     for name, schemas in nested.items():
-        for inner in schemas:
-            yield from _section(name, name + ".", inner)
+        # Kinds of task share keys: each stands where the first kind has it.
+        shared: dict[str, Key] = {}
+        for key in (key for inner in schemas for key in _section(name, name + ".", inner)):
+            shared.setdefault(key.name, key)
+        yield from shared.values()
 
 
 def _section(section: str, prefix: str, schema: type) -> Iterator[Key]:

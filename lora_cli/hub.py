@@ -32,10 +32,10 @@ __all__ = [
 
 _HUB_ID = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _PROBE_S = 2.0
-_MODEL_FILES = [
+_SMALL_FILES = [
     "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
+    "generation_config.json",
+    "chat_template.jinja",
     "tokenizer*",
     "vocab*",
     "merges.txt",
@@ -43,6 +43,7 @@ _MODEL_FILES = [
     "added_tokens.json",
     "*.model",
 ]
+_WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
 """What loading needs; never pickles, nor the same weights in formats for other frameworks."""
 _CODE_FILES = ["*.py"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
@@ -98,11 +99,17 @@ def require_network(what: str, hint: str) -> None:
 
 
 def fetch_model(
-    hub_id: str, revision: str | None = None, *, code: bool = False, hint: str = "give model.path=FOLDER"
+    hub_id: str,
+    revision: str | None = None,
+    *,
+    code: bool = False,
+    weights: bool = True,
+    hint: str = "give model.path=FOLDER",
 ) -> Path:
     """A folder with the hub model's config, tokenizer and safetensors weights: the cache's, else downloaded.
 
-    `code` also takes the Python files of a checkpoint that brings its own architecture.
+    `code` also takes the Python files of a checkpoint that brings its own architecture; without `weights` only what is
+    small is wanted.
 
     Raises:
         ModelError: the model, its revision or its safetensors weights do not exist, or access is refused.
@@ -111,8 +118,8 @@ def fetch_model(
     from huggingface_hub import snapshot_download
 
     check_hub_id(hub_id)
-    patterns = _MODEL_FILES + (_CODE_FILES if code else [])
-    cached = _cached(hub_id, revision, patterns)
+    patterns = [*_SMALL_FILES, *(_WEIGHT_FILES if weights else ()), *(_CODE_FILES if code else ())]
+    cached = _cached(hub_id, revision, patterns, weights=weights)
     if cached:
         return cached
     name = hub_id if revision is None else f"{hub_id} ({revision})"
@@ -120,7 +127,7 @@ def fetch_model(
     with _explained(hub_id, revision):
         # "*/*": only what lies at the top, not a second copy in onnx/ or openvino/.
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
-        if not has_weights(folder):
+        if weights and not has_weights(folder):
             raise ModelError(_no_weights(hub_id, revision))
     return folder
 
@@ -167,7 +174,7 @@ def _answers(host: str) -> bool:
     return reached.is_set()
 
 
-def _cached(hub_id: str, revision: str | None, patterns: list[str]) -> Path | None:
+def _cached(hub_id: str, revision: str | None, patterns: list[str], *, weights: bool) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -175,7 +182,7 @@ def _cached(hub_id: str, revision: str | None, patterns: list[str]) -> Path | No
         folder = Path(snapshot_download(hub_id, revision=revision, local_files_only=True, allow_patterns=patterns))
     except LocalEntryNotFoundError:
         return None
-    return folder if (folder / "config.json").is_file() and has_weights(folder) else None
+    return folder if (folder / "config.json").is_file() and (has_weights(folder) or not weights) else None
 
 
 @contextlib.contextmanager

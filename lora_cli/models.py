@@ -1,27 +1,29 @@
 """Base models: a checkpoint with a head for the task, ready to be adapted.
 
-Knows transformers and ModelSpec; nothing of adapters, rows or training.
+Knows transformers and ModelSpec; nothing of adapters, data or training.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.errors import ModelError, UnknownName, printable
-from lora_cli.families import FAMILIES, layer_groups
+from lora_cli.errors import ModelError, printable
+from lora_cli.families import layer_groups
+from lora_cli.reader import class_for, decoder_start, load_config, random_config, task_type
 from lora_cli.sources import check_checkpoint, find_source
 from lora_cli.spec import ModelSpec
-from lora_cli.tokenizer import build_tiny_tokenizer, explained, load_tokenizer, quiet
+from lora_cli.tokenizer import add_tokens, explained, load_tokenizer, quiet
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["BaseModel", "load_base"]
+__all__ = ["BaseModel", "load_base", "save_config"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,10 @@ class BaseModel:
     """What the adapter names as its base: a hub id where there is one."""
     revision: str | None
     """Commit of the hub model, as far as it is known."""
+    fingerprint: str
+    """Of its weights, as they were before tokens were added."""
+    new_rows: tuple[int, ...]
+    """Numbers of the added tokens, whose rows have to be trained and saved."""
 
 
 def load_base(
@@ -61,18 +67,22 @@ def load_base(
     seed: int,
     dtype: torch.dtype | None = None,
 ) -> BaseModel:
-    """The model of `spec` with a head of `num_outputs` for "classification" or "regression", or, for "generation", as it
-    is: a decoder or an encoder-decoder that writes.
+    """The model of `spec` with a head of `num_outputs` for "classification" or "regression", or, for "generation", as
+    it is: a decoder or an encoder-decoder that writes.
 
     What the checkpoint lacks is drawn as transformers draws it, but from a generator seeded by
-    (`seed`, parameter name): the same head whatever else was loaded or drawn before. The global
-    generators are left as they were, and nothing is printed. `dtype` None: fp32.
+    (`seed`, parameter name): the same head whatever else was loaded or drawn before. So are the rows of
+    `spec.add_tokens`, for which embeddings grow if they are too small. The global generators are left as
+    they were, and nothing is printed. `dtype` None: fp32.
 
     Raises:
         ModelError: the checkpoint is missing, damaged, not trusted, or not made for this.
         UnknownName: model.family or a key of model.random is none.
+        ConfigError: the tokenizer knows one of the tokens to be added.
     """
     import torch
+
+    from lora_cli.nn import fingerprint
 
     head = _head_settings(num_outputs, labels, problem)
     source = find_source(spec)
@@ -87,11 +97,14 @@ def load_base(
             model, fresh = _load_checkpoint(source.folder, spec, problem, head, dtype or torch.float32)
             _draw(model, fresh, seed)
     _check_vocabulary(model, tokenizer, source.folder or f"model.random of {spec.name}")
+    writes = problem == "generation"
+    fresh_modules = () if writes else (_outermost(model, fresh) or _head(model))
+    digest = fingerprint(model, fresh=fresh_modules)
+    new_rows = _add_tokens(model, tokenizer, spec.add_tokens, seed)
     # Decoders find the last token of a text, which their head reads, by what the config calls padding.
     model.config.pad_token_id = tokenizer.pad_token_id
     # Nothing is generated in training, and a cache would hold every layer's keys and values.
     model.config.use_cache = False
-    writes = problem == "generation"
     max_length = _num_positions(model, tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
     return BaseModel(
@@ -99,56 +112,24 @@ def load_base(
         tokenizer=tokenizer,
         family=model.config.model_type,
         groups=layer_groups(model.config.model_type, spec.targets),
-        fresh=() if writes else (_outermost(model, fresh) or _head(model)),
+        fresh=fresh_modules,
         skip=_output_embedding(model),
         max_length=max_length,
-        task_type=_task_type(model.config, problem),
-        decoder_start=_decoder_start(model) if writes else None,
+        task_type=task_type(model.config, problem),
+        decoder_start=decoder_start(model.config, model.generation_config.to_dict()) if writes else None,
         source=source.text,
         base_name=source.base_name,
         revision=source.revision,
+        fingerprint=digest,
+        new_rows=new_rows,
     )
 
 
-def _task_type(config: PretrainedConfig, problem: str) -> str:
-    if problem != "generation":
-        return "SEQ_CLS"
-    return "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
-
-
-def _class_for(config: PretrainedConfig, problem: str, where: object) -> Any:
-    """transformers' Auto class for the task.
-
-    Raises:
-        ModelError: it has no class for this architecture, or the architecture is not made for it.
-    """
-    import transformers
-    from transformers.models.auto import modeling_auto
-
-    name, table = {
-        "SEQ_CLS": ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
-        "CAUSAL_LM": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
-        "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
-    }[_task_type(config, problem)]
-    family = FAMILIES.get(config.model_type)
-    # transformers would give an encoder a causal mask, and a head that was never trained for it.
-    reads_only = problem == "generation" and family is not None and family.kind == "encoder"
-    if reads_only or (config.model_type not in getattr(modeling_auto, table) and not hasattr(config, "auto_map")):
-        found = ", ".join(config.architectures or ["a model"])
-        why = "it is an encoder, which reads but does not write" if reads_only else f"{name} has no class for it"
-        raise ModelError(
-            f"{printable(where)}: holds {printable(found, 60)} ({config.model_type}), not made for this task: {why}"
-        )
-    return getattr(transformers, name)
-
-
-def _decoder_start(model: PreTrainedModel) -> int | None:
-    if not model.config.is_encoder_decoder:
-        return None
-    for settings in (model.config, model.generation_config):
-        if getattr(settings, "decoder_start_token_id", None) is not None:
-            return int(settings.decoder_start_token_id)
-    raise ModelError("the model's config lacks decoder_start_token_id, the token that an answer starts from")
+def save_config(model: PreTrainedModel, folder: Path) -> None:
+    """Write the config that, beside all of the model's weights in fp32, makes `folder` a checkpoint of its own."""
+    config = copy.deepcopy(model.config)
+    config.dtype = "float32"
+    config.save_pretrained(str(folder))
 
 
 def _head_settings(num_outputs: int, labels: Sequence[str] | None, problem: str) -> dict[str, Any]:
@@ -166,12 +147,8 @@ def _load_checkpoint(
     folder: Path, spec: ModelSpec, problem: str, head: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model in `folder`, and the names of the parameters that the checkpoint lacks."""
-    from transformers import AutoConfig
-
-    options = {"local_files_only": True, "trust_remote_code": spec.trust_remote_code}
-    with explained(folder, "config"):
-        config = AutoConfig.from_pretrained(str(folder), **options)
-    auto_class = _class_for(config, problem, folder)
+    config = load_config(folder, spec)
+    auto_class = class_for(config, problem, folder)
     _configure(config, head, spec.dropout)
     with explained(folder, "weights"):
         model, info = auto_class.from_pretrained(
@@ -182,7 +159,8 @@ def _load_checkpoint(
             # Other shapes are refused below, where they can be named; transformers only logs them.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **options,
+            local_files_only=True,
+            trust_remote_code=spec.trust_remote_code,
         )
     _check_loaded(folder, model, info, problem)
     # Loaded tensors lie in the mapped file: at odd addresses, where other kernels round differently, and
@@ -196,25 +174,10 @@ def _build_random(
     spec: ModelSpec, problem: str, head: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """A model of random weights with a tokenizer of its own, and the names of its head's parameters."""
-    from transformers import AutoConfig
-
-    assert spec.family is not None, "ModelSpec asks for a family where there is `random`"
-    if spec.family not in FAMILIES:
-        raise UnknownName("model.family", spec.family, FAMILIES, "family with random weights")
-    settings = dict(spec.random or {})
-    known = AutoConfig.for_model(spec.family).to_dict()
-    allowed = [*known, *FAMILIES[spec.family].undeclared]
-    for key in settings:
-        if key not in allowed:
-            raise UnknownName("model.random", key, allowed, f"setting of {spec.family}")
-    tokenizer = build_tiny_tokenizer(token_types=settings.get("type_vocab_size", known.get("type_vocab_size", 0)) > 1)
-    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    ids |= {f"{role}_token_id": tokenizer.cls_token_id for role in ("cls", "bos")}
-    ids |= {f"{role}_token_id": tokenizer.sep_token_id for role in ("sep", "eos")}
+    config, tokenizer = random_config(spec)
     with explained(Path("model.random"), "model"):
-        config = AutoConfig.for_model(spec.family, **({key: ids[key] for key in ids if key in known} | settings))
         _configure(config, head, spec.dropout)
-        auto_class = _class_for(config, problem, f"model.random of {spec.name}")
+        auto_class = class_for(config, problem, f"model.random of {spec.name}")
         model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
     inside = f"{model.base_model_prefix}."
     return model, tokenizer, [name for name, _ in model.named_parameters() if not name.startswith(inside)]
@@ -296,6 +259,26 @@ def _check_loaded(folder: Path, model: PreTrainedModel, info: Mapping[str, Any],
     )
     if lost:
         raise ModelError(f"{printable(folder)}: its weights lack {printable(lost[0])} and {len(lost) - 1} more")
+
+
+def _add_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], seed: int
+) -> tuple[int, ...]:
+    """The numbers of new tokens, each with a drawn row in the embedding and the output layer, which grow if need be."""
+    import torch
+
+    from lora_cli.nn import draw_rows
+
+    if not tokens:
+        return ()
+    num_known = max(tokenizer.get_vocab().values()) + 1
+    numbers = add_tokens(tokenizer, tokens)
+    # Many checkpoints have more rows than tokens, for round sizes.
+    if max(numbers) >= model.get_input_embeddings().weight.shape[0]:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            model.resize_token_embeddings(max(numbers) + 1, mean_resizing=False)
+    draw_rows(model, numbers, num_known=num_known, seed=seed)
+    return tuple(numbers)
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: object) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.engine.device import Device, open_device
-from lora_cli.errors import AdapterError, DataError, RunError, printable
+from lora_cli.errors import AdapterError, ConfigError, DataError, RunError, printable
 from lora_cli.models import load_base
-from lora_cli.nn import fingerprint, load_adapter, read_adapter
+from lora_cli.nn import load_adapter, read_adapter
 from lora_cli.runs.directory import RunDirectory
 from lora_cli.runs.registry import find_run, is_bare_adapter
-from lora_cli.spec import ClassificationSpec, EvalRun, InferRun, TaskSpec
+from lora_cli.spec import ChatRun, ClassificationSpec, EvalRun, InferRun, MergeRun, ModelSpec, TaskSpec
 from lora_cli.tasks import Task, build_task
 from lora_cli.tokenizer import load_tokenizer
 
@@ -25,7 +25,7 @@ __all__ = ["Saved", "open_saved"]
 
 @dataclass(frozen=True)
 class Saved:
-    """What eval and infer need of a run. `folder` is None for a bare adapter."""
+    """What eval, infer and chat need of a run. `folder` is None for a bare adapter."""
 
     path: Path
     folder: RunDirectory | None
@@ -42,7 +42,7 @@ class Saved:
     """What the run drew its validation rows with, where a data set brings none."""
 
 
-def open_saved(spec: EvalRun | InferRun) -> Saved:
+def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun) -> Saved:
     """Load the run that `spec` names, with the task and base model that `spec` says (the run's own by default).
 
     Raises:
@@ -59,7 +59,7 @@ def open_saved(spec: EvalRun | InferRun) -> Saved:
     task = _task_of(spec.task, facts.get("labels") or adapter.extra.get("labels"), path)
     device = open_device(spec.device)
     base = load_base(
-        spec.model,
+        _with_tokens(spec.model, adapter.extra.get("tokens"), path),
         **task.head,
         seed=int(facts.get("init_seed", 0)),
         dtype=device.dtype,
@@ -68,13 +68,14 @@ def open_saved(spec: EvalRun | InferRun) -> Saved:
         base.model,
         adapter,
         fresh=base.fresh,
-        fingerprint=fingerprint(base.model, fresh=base.fresh),
+        fingerprint=base.fingerprint,
         force_base=spec.force_base,
     )
     base.model.to(device.device).eval()
     saved_tokenizer = None if folder is None else folder.tokenizer
     tokenizer = load_tokenizer(saved_tokenizer) if saved_tokenizer and saved_tokenizer.is_dir() else base.tokenizer
-    batch_size = spec.batch_size or int(facts.get("eval_batch_size", 64))
+    asked = spec.batch_size if isinstance(spec, EvalRun | InferRun) else None
+    batch_size = asked or int(facts.get("eval_batch_size", 64))
     return Saved(
         path,
         folder,
@@ -89,10 +90,24 @@ def open_saved(spec: EvalRun | InferRun) -> Saved:
     )
 
 
+def _with_tokens(spec: ModelSpec, tokens: Any, path: Path) -> ModelSpec:
+    """The model with the tokens that the adapter was trained with, where none are named."""
+    if not tokens or spec.add_tokens == tokens:
+        return spec
+    if spec.add_tokens or not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise AdapterError(f"{path}: was trained with model.add_tokens={printable(tokens, 120)}")
+    try:
+        return replace(spec, add_tokens=tokens)
+    except ConfigError as error:
+        raise AdapterError(f"{path}: {printable(error, 180)}") from error
+
+
 def _task_of(spec: TaskSpec, labels: Sequence[str] | None, path: Path) -> Task:
     """The task, with the labels that the adapter was trained with."""
     if not isinstance(spec, ClassificationSpec):
         return build_task(spec)
+    if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)):
+        raise AdapterError(f"{path}: its labels are {printable(labels, 60)}, not a list of texts")
     if labels and spec.labels is not None and list(spec.labels) != list(labels):
         known = printable(", ".join(labels))
         raise AdapterError(f"{path}: task.labels={printable(spec.labels, 60)}, but it was trained with {known}")

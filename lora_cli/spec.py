@@ -19,8 +19,11 @@ from lora_cli.errors import ConfigError, UnknownName
 __all__ = [
     "BIASES",
     "CHAT_TEMPLATES",
+    "COMBINE_METHODS",
     "DEVICES",
+    "EXPORT_TARGETS",
     "FORMATS",
+    "IMPORT_FORMATS",
     "PRECISIONS",
     "SCALINGS",
     "SCHEDULES",
@@ -30,17 +33,26 @@ __all__ = [
     "TRACKERS",
     "VARIANTS",
     "VERBS",
+    "ChatRun",
     "ChatSpec",
     "ClassificationSpec",
+    "CombineRun",
+    "CompareRun",
+    "CompareSpec",
+    "DataRun",
     "DataSpec",
     "DecodeSpec",
     "DeviceSpec",
     "EvalRun",
+    "ExportRun",
     "FetchRun",
     "GenerationSpec",
+    "ImportRun",
     "InferRun",
+    "InspectRun",
     "LanguageModelingSpec",
     "LoraSpec",
+    "MergeRun",
     "ModelSpec",
     "TaskSpec",
     "TextSpec",
@@ -51,7 +63,7 @@ __all__ = [
 ]
 
 SPLITS = ("train", "validation", "test")
-VARIANTS = ("lora", "dora")
+VARIANTS = ("lora", "dora", "full")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)")
 BIASES = ("none", "all", "lora_only")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -75,6 +87,9 @@ TEXT_METRICS = (
     "exact_match",
 )
 FORMATS = ("columns", "e2e", "webnlg", "dart")
+EXPORT_TARGETS = ("peft", "vllm", "sglang", "tgi", "lorax", "llamacpp", "loralib")
+IMPORT_FORMATS = ("auto", "peft", "loralib", "torchtune")
+COMBINE_METHODS = ("concat", "svd", "linear")
 CHAT_TEMPLATES = ("tokenizer", "chatml", "plain")
 LOSS_DOWNWARDS = ("loss", "perplexity", "ter")
 """Figures of which less is better."""
@@ -258,7 +273,7 @@ class GenerationSpec(TextSpec):
 
     kind: str = "generation"
     format: str = "columns"
-    """How a row is read: columns (as they are), or data of e2e, webnlg or dart, which become columns input and target."""
+    """How a row is read: columns (as they are); or e2e, webnlg or dart, whose data become columns input and target."""
     prompt: str = "{prompt}"
     """Template of the input: {column} stands for a cell; a part in [[ ]] is left out where its cell is empty; {eos} at
     the end is the model's end mark."""
@@ -279,8 +294,9 @@ class GenerationSpec(TextSpec):
         _at_least("task.max_target_length", self.max_target_length, 2)
         if "{eos}" in self.prompt.removesuffix("{eos}") or "{eos}" in self.target:
             raise ConfigError("task.prompt", self.prompt, "{eos} at its end only; an answer always gets one")
-        if not re.search(r"\{[^{}]+\}", self.target):
-            raise ConfigError("task.target", self.target, "a template with a {column}")
+        for key, template in (("task.prompt", self.prompt.removesuffix("{eos}")), ("task.target", self.target)):
+            if not re.search(r"\{[^{}]+\}", template):
+                raise ConfigError(key, template, "a template with a {column}")
 
 
 @dataclass(kw_only=True)
@@ -339,12 +355,18 @@ class ModelSpec:
     """Layers meant by lora.targets=[default]; None: the family's query and value."""
     dropout: float | None = None
     """Dropout inside the base model; None: as its checkpoint has it."""
+    add_tokens: list[str] = field(default_factory=list)
+    """Tokens that the base lacks, such as <data>: each gets one number, and a row that trains and is saved."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint. Only from the command line, never from a run."""
 
     def __post_init__(self) -> None:
         if self.dropout is not None:
             _share("model.dropout", self.dropout)
+        if not all(token.strip() for token in self.add_tokens):
+            raise ConfigError("model.add_tokens", self.add_tokens, "texts that are not blank")
+        if len(set(self.add_tokens)) != len(self.add_tokens):
+            raise ConfigError("model.add_tokens", self.add_tokens, "each token once")
         if self.random is not None and self.family is None:
             raise ConfigError("model.family", None, "needed for a randomly initialised model (model.random)")
 
@@ -354,7 +376,8 @@ class LoraSpec:
     """Which layers are adapted, and how (Hu et al. 2021, arXiv:2106.09685)."""
 
     variant: str = "lora"
-    """How the update meets the base weight: lora (W + s B A) or dora (arXiv:2402.09353)."""
+    """How the update meets the base weight: lora (W + s B A) or dora (arXiv:2402.09353); full: no adapter, every weight
+    of the base model trains."""
     r: int = 8
     """Rank of the update."""
     alpha: float = 16.0
@@ -388,6 +411,12 @@ class LoraSpec:
         for key, alpha in alphas.items():
             if not 0 < alpha <= MAX_SCALING:
                 raise ConfigError(key, alpha, f"a number above 0, at most {MAX_SCALING:g}")
+        if self.variant == "full":
+            for name in ("targets", "modules_to_save", "rank_pattern", "alpha_pattern"):
+                if value := getattr(self, name):
+                    raise ConfigError(f"lora.{name}", value, "empty where everything trains (lora.variant=full)")
+            if self.bias != "none":
+                raise ConfigError("lora.bias", self.bias, "none where everything trains (lora.variant=full)")
 
 
 @dataclass(kw_only=True)
@@ -525,8 +554,7 @@ class TrainRun:
         _one_of("resume", self.resume, ("never", "auto"), "mode")
         if self.train.metric is not None:
             _one_of("train.metric", self.train.metric, [*self.task.metrics, "loss"], "metric of the task")
-        if self.train.packing and not isinstance(self.task, TextSpec):
-            raise ConfigError("train.packing", "true", "only where text is generated")
+        _check_packing(self.task, self.train)
 
     def seed_for(self, kind: str) -> int:
         """The seed for "init", "data" or "dropout": its own key's, else the run's."""
@@ -590,11 +618,163 @@ class InferRun:
         _at_least("batch_size", self.batch_size, 1, optional=True)
         _seed("seed", self.seed)
         if [self.text, self.prompt, self.input].count(None) != 2:
-            raise ConfigError("text", "", 'give one of text="...", prompt="..." and input=FILE (or input=- to read lines)')
+            ways = 'give one of text="...", prompt="..." and input=FILE (or input=- to read lines)'
+            raise ConfigError("text", "", ways)
         if self.prompt is not None and self.output is not None:
-            raise ConfigError("prompt", self.prompt, "is written to the terminal; use text= with output=")
+            raise ConfigError("prompt", "", "its answer goes to the terminal; give text= with output=")
         if self.text_pair is not None and self.text is None:
-            raise ConfigError("text_pair", self.text_pair, "goes with text=")
+            raise ConfigError("text_pair", "", "goes with text=")
+
+
+@dataclass(kw_only=True)
+class ChatRun:
+    """lora chat: talk with a saved run."""
+
+    run: str = "???"
+    """Run folder, unique prefix of its name, latest, or an adapter folder in PEFT format."""
+    system: str | None = None
+    """What the assistant is told before the conversation; None: nothing."""
+    task: TaskSpec = field(default_factory=TaskSpec)
+    """How the conversation is read and answered; the run's own unless given."""
+    model: ModelSpec = field(default_factory=ModelSpec)
+    """The base model; the run's own unless given."""
+    device: DeviceSpec = field(default_factory=DeviceSpec)
+    """The machine."""
+    seed: int = 0
+    """Seed of drawn answers (task.decode.sample=true)."""
+    force_base: bool = False
+    """Use the adapter even if the base model's fingerprint is not the one it was trained on."""
+
+    def __post_init__(self) -> None:
+        _seed("seed", self.seed)
+
+
+@dataclass(kw_only=True)
+class MergeRun:
+    """lora merge: write a plain model with a saved run's adapter merged into its weights."""
+
+    run: str = "???"
+    """Run folder, unique prefix of its name, latest, or an adapter folder in PEFT format."""
+    output: str = "???"
+    """Folder to write; it must not exist yet."""
+    dtype: str = "fp32"
+    """How the weights are stored: fp32, bf16 or fp16."""
+    shard_size: str = "5GB"
+    """Largest weight file."""
+    rows: int = 64
+    """Rows of task.split on which merged and adapted model are compared; 0: no comparison."""
+    task: TaskSpec = field(default_factory=TaskSpec)
+    """The task; the run's own unless given."""
+    model: ModelSpec = field(default_factory=ModelSpec)
+    """The base model; the run's own unless given."""
+    device: DeviceSpec = field(default_factory=DeviceSpec)
+    """The machine."""
+    force_base: bool = False
+    """Use the adapter even if the base model's fingerprint is not the one it was trained on."""
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, ("fp32", "bf16", "fp16"), "dtype")
+        _at_least("rows", self.rows, 0)
+        if not re.fullmatch(r"[1-9][0-9]*(MB|GB)", self.shard_size):
+            raise ConfigError("shard_size", self.shard_size, "a size such as 500MB or 5GB")
+
+
+@dataclass(kw_only=True)
+class InspectRun:
+    """lora inspect: how much of its rank a saved adapter uses, layer by layer."""
+
+    run: str = "???"
+    """Run folder, unique prefix of its name, latest, or an adapter folder in PEFT format."""
+    energy: float = 0.9
+    """Share of each update's squared norm that the suggested rank keeps."""
+    output: str | None = None
+    """JSON file for all singular values and the suggested ranks."""
+    plot: str | None = None
+    """SVG file for the energy that each rank keeps."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.energy <= 1:
+            raise ConfigError("energy", self.energy, "a share above 0, at most 1")
+
+
+@dataclass(kw_only=True)
+class ExportRun:
+    """lora export: write a saved adapter as another program wants it, with what each one makes of it."""
+
+    run: str = "???"
+    """Run folder, unique prefix of its name, latest, or an adapter folder in PEFT format."""
+    target: str = "???"
+    """Program that is to load it: peft, vllm, sglang, tgi, lorax, llamacpp or loralib."""
+    output: str = "???"
+    """Folder to write; it must not exist yet."""
+
+    def __post_init__(self) -> None:
+        _one_of("target", self.target, EXPORT_TARGETS, "target")
+
+
+@dataclass(kw_only=True)
+class ImportRun:
+    """lora import: take over an adapter of PEFT (pickled), loralib or torchtune."""
+
+    source: str = "???"
+    """File, or folder with adapter_config.json and a weights file."""
+    output: str = "???"
+    """Adapter folder to write; it must not exist yet."""
+    format: str = "auto"
+    """auto (by the names of the tensors), peft, loralib or torchtune."""
+    model: ModelSpec | None = None
+    """The base model, whose config tells what its layers are; needed for loralib and torchtune."""
+    task_type: str | None = None
+    """What the model is for: SEQ_CLS, CAUSAL_LM or SEQ_2_SEQ_LM; needed with model."""
+    alpha: float | None = None
+    """Numerator of the scaling, which files of loralib and torchtune do not hold."""
+    enable_lora: list[bool] = field(default_factory=list)
+    """What loralib's MergedLinear was given, such as [true,false,true]; []: there is none."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules in a loralib file that were trained whole, such as [classifier]."""
+
+    def __post_init__(self) -> None:
+        _one_of("format", self.format, IMPORT_FORMATS, "format")
+        if self.task_type is not None:
+            _one_of("task_type", self.task_type, ("SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM"), "task type")
+        if (self.model is None) != (self.task_type is None):
+            key = "model" if self.model is None else "task_type"
+            raise ConfigError(key, "", "model=NAME and task_type=SEQ_CLS, CAUSAL_LM or SEQ_2_SEQ_LM go together")
+        if self.alpha is not None and not 0 < self.alpha <= MAX_SCALING:
+            raise ConfigError("alpha", self.alpha, f"a number above 0, at most {MAX_SCALING:g}")
+
+
+@dataclass(kw_only=True)
+class CombineRun:
+    """lora combine: add, subtract, scale or interpolate saved adapters."""
+
+    adapters: list[str] = field(default_factory=list)
+    """Runs or adapter folders, as run= takes them."""
+    weights: list[float] = field(default_factory=list)
+    """One for each adapter, negative to subtract; []: 1 each."""
+    method: str = "concat"
+    """concat (the exact sum; ranks add up), svd (the best update of `rank` to the sum) or linear (factors mixed)."""
+    rank: int | None = None
+    """Rank with method=svd; None: what the sum needs."""
+    head: int | None = None
+    """Number of the adapter, from 1, whose head, biases and label names are taken; None: they must be equal."""
+    output: str = "???"
+    """Adapter folder to write; it must not exist yet."""
+    force_base: bool = False
+    """Combine adapters even if they were trained on different base models."""
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, COMBINE_METHODS, "method")
+        if not self.adapters:
+            raise ConfigError("adapters", "[]", "one run or more, such as [runs/a,runs/b]")
+        if self.weights and len(self.weights) != len(self.adapters):
+            raise ConfigError("weights", self.weights, f"one for each of the {len(self.adapters)} adapters")
+        if not all(math.isfinite(weight) and abs(weight) <= MAX_SCALING for weight in self.weights):
+            raise ConfigError("weights", self.weights, f"finite numbers, at most {MAX_SCALING:g} in size")
+        if self.rank is not None and (self.method != "svd" or not 1 <= self.rank <= MAX_RANK):
+            raise ConfigError("rank", self.rank, f"a whole number from 1 to {MAX_RANK}, with method=svd")
+        if self.head is not None and not 1 <= self.head <= len(self.adapters):
+            raise ConfigError("head", self.head, f"the number of an adapter, from 1 to {len(self.adapters)}")
 
 
 @dataclass(kw_only=True)
@@ -611,7 +791,105 @@ class FetchRun:
             raise ConfigError("model", "", "give model=NAME, task=NAME or both")
 
 
-VERBS: dict[str, type] = {"train": TrainRun, "eval": EvalRun, "infer": InferRun, "fetch": FetchRun}
+@dataclass(kw_only=True)
+class DataRun:
+    """lora data: look at a data set as the model will see it."""
+
+    task: TaskSpec = field(default_factory=TaskSpec)
+    """What is to be learnt."""
+    model: ModelSpec = field(default_factory=ModelSpec)
+    """The base model, of which only tokenizer and config are read."""
+    train: TrainSpec = field(default_factory=TrainSpec)
+    """The training whose batches are looked at."""
+    splits: list[str] | None = None
+    """Splits besides train; None: validation, those that a training scores, and test if it can be used."""
+    examples: int = 3
+    """Training examples to show, drawn by the data seed."""
+    seed: int = 0
+    """Seed of drawn rows and of the order of examples, unless train.data_seed says otherwise."""
+    output: str | None = None
+    """JSON file to write the figures to."""
+
+    def __post_init__(self) -> None:
+        _at_least("examples", self.examples, 0)
+        _seed("seed", self.seed)
+        _check_packing(self.task, self.train)
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of drawn rows and of the order of examples."""
+        return self.seed if self.train.data_seed is None else self.train.data_seed
+
+
+@dataclass(kw_only=True)
+class CompareSpec:
+    """What is trained side by side."""
+
+    methods: list[str] = field(default_factory=lambda: ["full", "lora"])
+    """Options of the group lora, in the order of the table."""
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    """Each method is trained once with each of these seeds."""
+    train: bool = True
+    """Train; false: count parameters, memory and storage only."""
+    target: float | None = None
+    """Value of the task's first metric on the validation split; the table tells when each method reached it."""
+    tasks_stored: int = 100
+    """Tasks whose storage is counted with train=false."""
+
+    def __post_init__(self) -> None:
+        for name, values in (("methods", self.methods), ("seeds", self.seeds)):
+            if not values or len(set(values)) != len(values):
+                raise ConfigError(f"compare.{name}", values, "one or more, each once")
+        for method in self.methods:
+            # A method names folders.
+            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", method, re.ASCII):
+                raise ConfigError("compare.methods", method, "a plain name, such as dora")
+        for seed in self.seeds:
+            _seed("compare.seeds", seed)
+        if self.target is not None and not math.isfinite(self.target):
+            raise ConfigError("compare.target", self.target, "a finite number, or null")
+        _at_least("compare.tasks_stored", self.tasks_stored, 1)
+
+
+@dataclass(kw_only=True)
+class CompareRun:
+    """lora compare: train several methods on the same data, order and budget, and put them side by side."""
+
+    compare: CompareSpec = field(default_factory=CompareSpec)
+    """What is trained side by side."""
+    task: TaskSpec = field(default_factory=TaskSpec)
+    """What is learnt."""
+    model: ModelSpec = field(default_factory=ModelSpec)
+    """The base model."""
+    lora: LoraSpec = field(default_factory=LoraSpec)
+    """The adapter of every method that has one."""
+    train: TrainSpec = field(default_factory=TrainSpec)
+    """The training of every method."""
+    device: DeviceSpec = field(default_factory=DeviceSpec)
+    """The machine."""
+
+    def __post_init__(self) -> None:
+        _check_packing(self.task, self.train)
+        metric = next(iter(self.task.metrics), "")
+        if self.compare.target is not None and metric in TEXT_METRICS and self.train.metric not in TEXT_METRICS:
+            needed = f"needs train.metric={metric}, without which nothing is written before the end"
+            raise ConfigError("compare.target", self.compare.target, needed)
+
+
+VERBS: dict[str, type] = {
+    "train": TrainRun,
+    "compare": CompareRun,
+    "eval": EvalRun,
+    "infer": InferRun,
+    "chat": ChatRun,
+    "merge": MergeRun,
+    "inspect": InspectRun,
+    "export": ExportRun,
+    "import": ImportRun,
+    "combine": CombineRun,
+    "fetch": FetchRun,
+    "data": DataRun,
+}
 """Verb → the dataclass of its config; the first line of its docstring is its help."""
 
 
@@ -634,6 +912,11 @@ def nested_specs(root: type) -> list[tuple[str, list[type]]]:
         kinds = list(TASK_KINDS.values()) if each.name == "task" and schemas else schemas
         found.append((each.name, typing.cast("list[type]", kinds)))
     return found
+
+
+def _check_packing(task: TaskSpec, train: TrainSpec) -> None:
+    if train.packing and not isinstance(task, TextSpec):
+        raise ConfigError("train.packing", "true", "only where text is generated")
 
 
 def _one_of(key: str, value: str, options: Iterable[str], what: str) -> None:

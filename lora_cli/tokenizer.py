@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_cli.errors import LoraError, ModelError, printable
+from lora_cli.errors import ConfigError, LoraError, ModelError, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["build_tiny_tokenizer", "explained", "load_tokenizer", "quiet", "save_tokenizer"]
+__all__ = ["add_tokens", "build_tiny_tokenizer", "explained", "load_tokenizer", "quiet", "save_tokenizer"]
 
 _VOCABULARIES = (
     "tokenizer.json",
@@ -53,6 +53,24 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the tokenizer's files, such that `load_tokenizer(folder)` gives the same one."""
     with quiet():
         tokenizer.save_pretrained(str(folder))
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> dict[int, str]:
+    """Teach `tokenizer` new tokens, each with one number wherever it stands in a text. Returns number → token.
+
+    They are no special tokens: decoding keeps them.
+
+    Raises:
+        ConfigError: it knows one already.
+    """
+    from transformers import AddedToken
+
+    known = tokenizer.get_vocab()
+    for token in tokens:
+        if token in known:
+            raise ConfigError("model.add_tokens", token, f"the tokenizer knows it already, as number {known[token]}")
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+    return {int(tokenizer.convert_tokens_to_ids(token)): token for token in tokens}
 
 
 def build_tiny_tokenizer(*, token_types: bool) -> PreTrainedTokenizerBase:

@@ -26,7 +26,7 @@ _HYDRA_ONLY = frozenset(
 )
 """Flags that pass through, but that a person is not pointed to."""
 _SWEEPING = frozenset(("-m", "--multirun"))
-_LITERAL_KEYS = ("text", "text_pair", "prompt")
+_LITERAL_KEYS = ("text", "text_pair", "prompt", "system")
 """Keys whose value is the user's own words: never parsed by Hydra's grammar."""
 _TEMPLATE_KEYS = frozenset(("task.prompt", "task.target"))
 """Keys whose value has blanks and braces in it, which mean something to Hydra; \\n in them is a line break."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -179,3 +180,60 @@ def test_a_saved_group_that_is_no_mapping_is_refused(group, scratch, call) -> No
         answer = call("eval", "run=run")
         assert answer.code == 2, answer
         assert "internal" not in answer.err
+
+
+NUMBERS = itertools.count()
+CLASSIFICATION = "defaults: [/schema/task/classification@_here_, _self_]"
+
+
+def own_task(folder: Path, *lines: str) -> str:
+    """Write a task file and return its name, new each time: Hydra remembers a process's search paths."""
+    name = f"mine{next(NUMBERS)}"
+    (folder / "task").mkdir(parents=True)
+    (folder / "task" / f"{name}.yaml").write_text("\n".join([*lines, f"name: {name}"]))
+    return name
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("lable: x", "no such key task.lable. Did you mean task.label?"),
+        ("data: {trian: x}", "no such key task.data.trian. Did you mean task.data.train?"),
+        ("max_length: many", "task.max_length: a whole number"),
+    ],
+)
+def test_a_mistake_in_ones_own_file_is_told_with_file_and_key(line: str, says: str, compose) -> None:
+    name = own_task(Path("conf"), CLASSIFICATION, line)
+    with pytest.raises(UserError) as caught:
+        compose("train", f"task={name}")
+    assert str(caught.value) == f"conf/task/{name}.yaml: {says}"
+
+
+def test_ones_own_task_without_a_kind_is_told_how_to_begin(compose) -> None:
+    name = own_task(Path("conf"), "label: x")
+    with pytest.raises(UserError, match=r"\.yaml: task.label .* begin with defaults: \[/schema/task/"):
+        compose("train", f"task={name}")
+
+
+@pytest.mark.parametrize("flag", [["--config-dir", "own"], ["--config-dir=own"]], ids=len)
+def test_options_of_a_config_dir_are_in_hints_and_help(flag: list[str], compose, call) -> None:
+    name = own_task(Path("own"), CLASSIFICATION)
+    assert one(compose("train", f"task={name}", *flag)).task.name == name
+    assert f"Did you mean {name}?" in call("train", f"task={name}x", *flag).err
+    assert f" {name}," in call("train", "--help", *flag).out
+
+
+def test_a_sweep_that_does_not_compose_leaves_nothing(compose) -> None:
+    with pytest.raises(UserError):
+        compose("train", "-m", "lora.r=4,x")
+    with pytest.raises(UserError):
+        compose("train", "-m", "lora.r=4,x", "hydra.sweep.dir=mine")
+    assert list(Path().iterdir()) == []
+
+
+def test_a_sweep_leaves_what_was_there_before(compose) -> None:
+    Path("runs/ranks").mkdir(parents=True)
+    Path("runs/ranks/note.txt").touch()
+    with pytest.raises(UserError):
+        compose("train", "-m", "lora.r=4,x", "hydra.sweep.dir=runs/ranks")
+    assert Path("runs/ranks/note.txt").exists()

@@ -32,6 +32,9 @@ STAND_INS = {
     "roberta-base": "tiny-roberta",
     "deberta-v3-base": "tiny-deberta-v2",
     "modernbert-base": "tiny-modernbert",
+    "gpt2": "tiny-gpt2",
+    "smollm2-135m": "tiny-llama",
+    "t5-small": "tiny-t5",
 }
 """Model in a page → what the test trains."""
 DEFAULT_MODEL = "model=tiny-bert"

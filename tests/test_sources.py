@@ -16,7 +16,7 @@ def fetched(tmp_path, monkeypatch):
     """No mirror, and a hub whose every model is one folder. Returns the ids it was asked for."""
     asked = []
 
-    def fetch_model(hub_id, revision=None, *, code=False, hint=None):
+    def fetch_model(hub_id, revision=None, *, code=False, weights=True, hint=None):
         asked.append((hub_id, revision, code))
         return tmp_path / "0123abcd"
 

@@ -10,13 +10,19 @@ from lora_cli.errors import ConfigError, UnknownName
 from lora_cli.spec import (
     MAX_RANK,
     MAX_SEED,
+    TEXT_METRICS,
+    VARIANTS,
     VERBS,
+    ChatSpec,
     ClassificationSpec,
     DataSpec,
+    DecodeSpec,
     DeviceSpec,
     EvalRun,
     FetchRun,
+    GenerationSpec,
     InferRun,
+    LanguageModelingSpec,
     LoraSpec,
     ModelSpec,
     TaskSpec,
@@ -33,6 +39,22 @@ WRONG = [
     *((ClassificationSpec, "task.metrics", value) for value in ([], ["f2"], ["pearson"])),
     (ClassificationSpec, "task.labels", ["a", "b", "a"]),
     (ClassificationSpec, "task.choices", ["a"]),
+    *((GenerationSpec, "task.metrics", value) for value in ([], ["accuracy"], ["blue"])),
+    *((GenerationSpec, "task.format", value) for value in ("e2", "E2E")),
+    *((GenerationSpec, "task.label_smoothing", value) for value in (-0.1, 1.0, math.nan)),
+    (GenerationSpec, "task.truncate", "middle"),
+    (GenerationSpec, "task.loss_on", "prompt"),
+    (GenerationSpec, "task.max_target_length", 1),
+    *((GenerationSpec, "task.prompt", value) for value in ("{eos}{text}", "Write:", "{eos}")),
+    *((GenerationSpec, "task.target", value) for value in ("answer", "{}", "")),
+    (ChatSpec, "task.template", "llama"),
+    (LanguageModelingSpec, "task.metrics", ["bleu"]),
+    *((DecodeSpec, f"task.decode.{name}", 0) for name in ("max_new_tokens", "num_beams", "top_k")),
+    (DecodeSpec, "task.decode.no_repeat_ngram", -1),
+    *((DecodeSpec, f"task.decode.{name}", 0.0) for name in ("temperature", "repetition_penalty", "top_p")),
+    (DecodeSpec, "task.decode.top_p", 1.1),
+    (DecodeSpec, "task.decode.length_penalty", math.inf),
+    (DecodeSpec, "task.decode.stop", [""]),
     *((ModelSpec, "model.dropout", value) for value in (-0.1, 1.0, math.nan)),
     (LoraSpec, "lora.variant", "DoRA"),
     (LoraSpec, "lora.scaling", "sqrt"),
@@ -104,7 +126,12 @@ def test_the_edge_of_a_range_belongs_to_it(cls, name, value) -> None:
         (LoraSpec, {"alpha_pattern": {"query": math.nan}}, ["lora.alpha_pattern.query"]),
         (DeviceSpec, {"name": "cpu", "precision": "fp16"}, ["device.precision", "device.name"]),
         (TrainRun, {"task": ClassificationSpec(), "train": TrainSpec(metric="f1")}, ["train.metric"]),
-        (InferRun, {"run": "x"}, ["text", "input"]),
+        (TrainRun, {"task": ClassificationSpec(), "train": TrainSpec(packing=True)}, ["train.packing"]),
+        (DecodeSpec, {"temperature": 0.5}, ["task.decode.sample", "temperature"]),
+        (DecodeSpec, {"sample": True, "num_beams": 2}, ["task.decode.num_beams", "task.decode.sample"]),
+        (InferRun, {"run": "x"}, ["text", "prompt", "input"]),
+        (InferRun, {"run": "x", "prompt": "a", "text": "b"}, ["text", "prompt"]),
+        (InferRun, {"run": "x", "prompt": "a", "output": "b"}, ["prompt", "output"]),
         (InferRun, {"run": "x", "text": "a", "input": "b"}, ["text", "input"]),
         (InferRun, {"run": "x", "input": "a", "text_pair": "b"}, ["text_pair", "text"]),
         (FetchRun, {}, ["model", "task"]),
@@ -120,7 +147,7 @@ def test_keys_that_contradict_each_other_are_both_named(cls, values, keys) -> No
 def test_an_unknown_name_carries_the_options() -> None:
     with pytest.raises(UnknownName) as caught:
         LoraSpec(variant="lroa")
-    assert caught.value.options == ["dora", "lora"]
+    assert caught.value.options == sorted(VARIANTS)
 
 
 @pytest.mark.parametrize("schema", VERBS.values(), ids=show)
@@ -128,3 +155,9 @@ def test_a_verb_says_what_it_does_in_one_line(schema: type) -> None:
     first = (schema.__doc__ or "").splitlines()[0]
     assert first.startswith("lora ")
     assert first.endswith(".")
+
+
+def test_the_metrics_of_text_are_those_that_can_be_computed() -> None:
+    from lora_cli.tasks import text
+
+    assert set(TEXT_METRICS) == set(text.TEXT_METRICS)

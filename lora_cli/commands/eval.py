@@ -58,7 +58,7 @@ def run(spec: EvalRun, *, directory: Path | None = None, overrides: Sequence[str
     metrics = scorer.result()
     for name, reason in scorer.undefined.items():
         screen.warning(f"{name} is undefined: {reason}")
-    output = Path(spec.output) if spec.output else (saved.folder and saved.path / "eval" / split)
+    output = Path(spec.output) if spec.output else directory or (saved.folder and saved.path / "eval" / split)
     if output:
         write_json(
             output / "metrics.json",

@@ -1,4 +1,4 @@
-"""lora infer: texts in, one JSON line each out, in the order of the input; or a prompt in, its answer out as it comes."""
+"""lora infer: texts in, one JSON line each out, in order; or a prompt in, and its answer out as it comes."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.errors import ConfigError, DataError
+from lora_cli.errors import ConfigError, DataError, printable
 from lora_cli.screen import Screen
-from lora_cli.spec import InferRun
-from lora_cli.tasks import Classification
-from lora_cli.tasks.rows import Rows, stream
+from lora_cli.spec import ClassificationSpec, InferRun, TextSpec
+from lora_cli.tasks import Classification, Query, Rows
+from lora_cli.tasks.chat import Chat
+from lora_cli.tasks.rows import stream
 from lora_cli.tasks.writing import check_format, write_rows
+from lora_cli.terminal import Streamer
 
 if TYPE_CHECKING:
     from lora_cli.saved import Saved
 
-__all__ = ["run"]
+__all__ = ["run", "write_answer"]
 
 Row = tuple[str, dict[str, Any]]
 """(where it stands, its cells)"""
 _BATCHES_AHEAD = 16
-"""Batches read at a time from a file, so that rows of like length can be put together."""
+"""Batches read at a time from a file, so that rows of like length can be put together. Where text is written, a batch
+takes long, and its answers do not wait for those of the next one."""
 
 
 def run(spec: InferRun, *, directory: Path | None = None, overrides: Sequence[str] = ()) -> None:
@@ -36,21 +39,18 @@ def run(spec: InferRun, *, directory: Path | None = None, overrides: Sequence[st
     Raises:
         UserError: the run, the input or the output cannot be used.
     """
-    _check_files(spec)
+    _check(spec)
     from lora_cli.saved import open_saved
 
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # JSON lines are UTF-8, whatever the terminal is
+        # JSON lines are UTF-8, whatever the terminal is; half of a character pair stays as JSON writes it.
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     saved = open_saved(spec)
     if spec.prompt is not None:
-        _stream(saved, spec)
+        _answer_prompt(saved, spec)
         return
-    rows = _rows(spec, saved)
-    if spec.input == "-":
-        chunks = _as_they_come(rows, saved.batch_size)
-    else:
-        chunks = iter(lambda: list(itertools.islice(rows, _BATCHES_AHEAD * saved.batch_size)), [])
-    answers = itertools.chain.from_iterable(_answers(saved, chunk, spec.seed) for chunk in chunks)
+    chunks = enumerate(_chunks(spec, saved))
+    answers = itertools.chain.from_iterable(_answers(saved, chunk, spec.seed + number) for number, chunk in chunks)
     if spec.output is not None:
         write_rows(Path(spec.output), answers)
         return
@@ -59,8 +59,12 @@ def run(spec: InferRun, *, directory: Path | None = None, overrides: Sequence[st
         sys.stdout.flush()
 
 
-def _check_files(spec: InferRun) -> None:
-    """Refuse files that cannot be read or written before a model is loaded."""
+def _check(spec: InferRun) -> None:
+    """Refuse what cannot be answered, read or written before a model is loaded."""
+    if spec.prompt is not None and isinstance(spec.task, ClassificationSpec):
+        raise ConfigError("prompt", spec.prompt, f"{printable(spec.task.name, 40)} writes no text; give it as text=")
+    if spec.text_pair is not None and not isinstance(spec.task, ClassificationSpec):
+        raise ConfigError("text_pair", spec.text_pair, f"{printable(spec.task.name, 40)} reads one text")
     if spec.input not in (None, "-") and not Path(str(spec.input)).exists():
         raise DataError(spec.input, "no such file")
     if spec.output is not None:
@@ -69,13 +73,28 @@ def _check_files(spec: InferRun) -> None:
             raise ConfigError("output", spec.output, "is the input, which would be lost")
 
 
+def _chunks(spec: InferRun, saved: Saved) -> Iterator[list[Row]]:
+    """The rows, as many at a time as are answered together."""
+    rows, most = _rows(spec, saved), saved.batch_size
+    if spec.input == "-":
+        # What is drawn depends on who is in the batch, which must not depend on how fast the lines come in.
+        return _as_they_come(rows, 1 if isinstance(spec.task, TextSpec) and spec.task.decode.sample else most)
+    if isinstance(spec.task, ClassificationSpec):
+        most *= _BATCHES_AHEAD
+    return iter(lambda: list(itertools.islice(rows, most)), [])
+
+
 def _rows(spec: InferRun, saved: Saved) -> Iterator[Row]:
-    columns = saved.task.columns
+    task, columns = saved.task, saved.task.columns
     if spec.input is not None:
-        yield from stream(spec.input, column=columns[0])
+        for where, row in stream(spec.input, column=columns[0]):
+            # A line of text is the whole of a conversation.
+            if isinstance(task, Chat) and isinstance(text := row.get(columns[0]), str):
+                row = {**row, **task.row_of(text)}
+            yield where, row
         return
-    if not isinstance(saved.task, Classification):
-        yield "text", saved.task.row_of(str(spec.text))
+    if not isinstance(task, Classification):
+        yield "text", task.row_of(str(spec.text))
         return
     texts = [text for text in (spec.text, spec.text_pair) if text is not None]
     if len(texts) != len(columns):
@@ -111,31 +130,42 @@ def _as_they_come(rows: Iterator[Row], most: int) -> Iterator[list[Row]]:
             return
 
 
-def _stream(saved: Saved, spec: InferRun) -> None:
-    """Write the answer to a prompt as plain text, word by word where there is no beam search."""
+def write_answer(saved: Saved, query: Query, *, streamer: Streamer, seed: int) -> None:
+    """Give `streamer` the answer to one prompt: as it comes, or at once where beams may still change its beginning."""
     from lora_cli.engine.generate import generate
-    from lora_cli.terminal import Streamer
 
-    task = saved.task
-    if isinstance(task, Classification):
-        raise ConfigError("prompt", spec.prompt, f"{task.spec.name} has labels, and writes nothing: text=...")
-    rows = Rows([task.row_of(str(spec.prompt))], source="prompt", separator="", numbers=[""])
-    queries, num_cut = task.encode_queries(rows, saved)
-    if num_cut:
-        Screen().warning(f"the prompt is cut at {queries[0].num_tokens} tokens")
-    streamer = Streamer(saved.tokenizer, sys.stdout) if task.spec.decode.num_beams == 1 else None
+    assert isinstance(saved.task.spec, TextSpec)
+    decode = saved.task.spec.decode
+    streams = decode.num_beams == 1
     found = generate(
         saved.model,
-        queries,
-        task.spec.decode,
+        [query],
+        decode,
         tokenizer=saved.tokenizer,
         device=saved.device,
         batch_size=1,
-        seed=spec.seed,
-        streamer=streamer,
+        seed=seed,
+        streamer=streamer if streams else None,
     )
     for _, text in found:
-        sys.stdout.write("\n" if streamer else f"{printable_text(text)}\n")
+        if not streams:
+            streamer.write(text)
+
+
+def _answer_prompt(saved: Saved, spec: InferRun) -> None:
+    """Write the answer to `spec.prompt` to standard output as plain text."""
+    task = saved.task
+    assert not isinstance(task, Classification)
+    rows = Rows([task.row_of(str(spec.prompt))], source="prompt", separator="", numbers=[""])
+    (query,), num_cut = task.encode_queries(rows, saved)
+    if num_cut:
+        Screen().warning(f"the prompt is cut to {query.num_tokens:,} tokens")
+    streamer = Streamer(saved.tokenizer, sys.stdout, stops=task.spec.decode.stop)
+    try:
+        write_answer(saved, query, streamer=streamer, seed=spec.seed)
+    finally:  # an error, or Ctrl-C, gets a line of its own
+        sys.stdout.write("\n")
+        sys.stdout.flush()
 
 
 def _answers(saved: Saved, chunk: Sequence[Row], seed: int) -> Iterator[dict[str, Any]]:
@@ -143,7 +173,7 @@ def _answers(saved: Saved, chunk: Sequence[Row], seed: int) -> Iterator[dict[str
     found = Rows([row for _, row in chunk], source="", separator="", numbers=[where for where, _ in chunk])
     answers = _labelled(saved, found) if isinstance(saved.task, Classification) else _written(saved, found, seed)
     for index, (_, row) in enumerate(chunk):
-        yield {column: row[column] for column in saved.task.columns if column in row} | answers[index]
+        yield {column: row.get(column) for column in saved.task.columns} | answers[index]
 
 
 def _labelled(saved: Saved, rows: Rows) -> dict[int, dict[str, Any]]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_cli.config import to_plain
+from lora_cli.disk import atomic_folder, write_atomic
 from lora_cli.errors import RunError
-from lora_cli.runs.directory import RunDirectory, atomic_folder, write_atomic
+from lora_cli.runs.directory import RunDirectory
 from lora_cli.runs.registry import run_of
 from lora_cli.runs.report import model_card
 from lora_cli.screen import Screen, count
@@ -98,7 +99,7 @@ def _load_rows(spec: TrainRun, task: Task, screen: Screen) -> dict[str, Rows]:
 
 def _check_same_rows(folder: RunDirectory, rows: Mapping[str, Rows]) -> None:
     known = folder.facts()["data"]
-    changed = [split for split, found in rows.items() if known[split]["fingerprint"] != found.fingerprint]
+    changed = [split for split, found in rows.items() if known.get(split, {}).get("fingerprint") != found.fingerprint]
     if changed:
         raise RunError(f"{folder.path}: finished on other data, {' and '.join(changed)} changed since; start a new run")
 
@@ -152,8 +153,7 @@ def _recording(
     try:
         yield _Recording(folder, screen, tracker, spec.train.keep, identity)
     except BaseException as error:
-        folder.update(status="failed", error=f"{type(error).__name__}: {error}")
-        folder.log(f"stopped: {type(error).__name__}: {error}")
+        folder.stopped(error)
         raise
     finally:
         screen.close()
@@ -210,4 +210,4 @@ def _report(screen: Screen, folder: RunDirectory, metrics: Mapping[str, Metrics]
     screen.results(metrics)
     word = "prompt" if isinstance(task, TextSpec) else "text"
     screen.line(f'{folder.path}\nnext: lora eval run=latest · lora infer run=latest {word}="…"')
-    return metrics[task.split][task.metrics[0]]
+    return metrics.get(task.split, {}).get(task.metrics[0])

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lora_cli.errors import RunError
+from lora_cli.errors import RunError, printable
 
 __all__ = ["Checkpoint", "Progress", "load_newest", "optimizer_tensors", "restore_optimizer", "save"]
 
@@ -106,17 +107,21 @@ def load_newest(root: Path, *, identity: Mapping[str, str]) -> Checkpoint | None
     if folder is None:
         return None
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    changed = [name for name, value in identity.items() if state["identity"].get(name) != value]
-    if changed:
-        raise RunError(f"{folder}: cannot continue, the {' and the '.join(changed)} changed since; start a new run")
     best = folder / "best.safetensors"
-    return Checkpoint(
-        progress=Progress(**state["progress"]),
-        trained=load_file(folder / "trained.safetensors"),
-        optimizer=load_file(folder / "optimizer.safetensors"),
-        best=load_file(best) if best.exists() else None,
-        scaler=state["scaler"],
-    )
+    try:
+        saved = state["identity"]
+        changed = [_change(name, saved.get(name), now) for name, now in identity.items() if saved.get(name) != now]
+        if changed:
+            raise RunError(f"{folder}: cannot continue, the {' and the '.join(changed)} changed since; start a new run")
+        return Checkpoint(
+            progress=Progress(**state["progress"]),
+            trained=load_file(folder / "trained.safetensors"),
+            optimizer=load_file(folder / "optimizer.safetensors"),
+            best=load_file(best) if best.exists() else None,
+            scaler=state["scaler"],
+        )
+    except (AttributeError, KeyError, TypeError, SafetensorError) as error:
+        raise RunError(f"{folder}: not a checkpoint of this version of lora; start a new run") from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
@@ -133,6 +138,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> Non
         # load_state_dict takes tensors as they are, and the optimizer then changes them in place.
         state.setdefault(int(number), {})[slot] = value.clone()
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _change(name: str, saved: object, now: str) -> str:
+    """What is not as it was; with both values if they are words, and not digests."""
+    return f"{name} ({printable(saved, 60)}, now {now})" if " " in now else name
 
 
 def _folders(root: Path) -> list[Path]:

@@ -1,8 +1,9 @@
-"""Answers to prompts: batched, longest first, padded on the left, with transformers' own decoding."""
+"""Answers to prompts: batched, longest first, with transformers' own decoding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -43,27 +44,27 @@ def generate(
     """
     model.eval()
     config = _config(model, decode, tokenizer)
-    done = 0
+    writes_on, pad, done = not model.config.is_encoder_decoder, int(tokenizer.pad_token_id), 0
     for number, indices in enumerate(by_length([query.num_tokens for query in queries], batch_size)):
-        batch = device.move(_left_padded([queries[index].input_ids for index in indices], int(tokenizer.pad_token_id)))
+        batch = device.move(_padded([queries[index].input_ids for index in indices], pad, left=writes_on))
+        # A decoder's output begins with its prompt, an encoder-decoder's with its start token.
+        start = batch["input_ids"].shape[1] if writes_on else 1
         if decode.sample:
             device.seed(seed, number, 0)
-        with torch.inference_mode(), device.autocast():
+        with torch.inference_mode(), device.autocast(), _without_settings(model):
             found = model.generate(
                 **batch,
                 generation_config=config,
-                tokenizer=tokenizer if decode.stop else None,
+                stopping_criteria=[_stopped(tokenizer, decode.stop, start)] if decode.stop else None,
                 streamer=streamer,
             )
-        # A decoder's output begins with its prompt, an encoder-decoder's with its start token.
-        start = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
         done += len(indices)
         progress(done, len(queries))
-        yield from zip(indices, (_text(ids, tokenizer, decode.stop) for ids in found[:, start:].tolist()), strict=True)
+        texts = (_text(ids, tokenizer, config.eos_token_id, decode.stop) for ids in found[:, start:].tolist())
+        yield from zip(indices, texts, strict=True)
 
 
 def _config(model: Any, decode: DecodeSpec, tokenizer: Any) -> Any:
-    """Every setting from ours: what a checkpoint brings along (temperatures, lengths) is not what was asked for."""
     from transformers import GenerationConfig
 
     drawing = {"temperature": decode.temperature, "top_p": decode.top_p, "top_k": decode.top_k or 0}
@@ -74,8 +75,7 @@ def _config(model: Any, decode: DecodeSpec, tokenizer: Any) -> Any:
         do_sample=decode.sample,
         no_repeat_ngram_size=decode.no_repeat_ngram,
         repetition_penalty=decode.repetition_penalty,
-        stop_strings=list(decode.stop) or None,
-        eos_token_id=_ends(model, tokenizer),
+        eos_token_id=_ends(model, tokenizer, decode.stop),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
@@ -85,25 +85,60 @@ def _config(model: Any, decode: DecodeSpec, tokenizer: Any) -> Any:
     )
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """The tokenizer's end mark, and the end marks of turns that the checkpoint lists besides."""
+def _ends(model: Any, tokenizer: Any, stops: Sequence[str]) -> list[int]:
+    """The tokenizer's end mark, the end marks of turns that the checkpoint lists besides, and stops that are tokens."""
     listed = getattr(model.generation_config, "eos_token_id", None)
     listed = [listed] if isinstance(listed, int) else list(listed or [])
-    return list(dict.fromkeys([int(tokenizer.eos_token_id), *listed]))
+    added = tokenizer.get_added_vocab()
+    return list(
+        dict.fromkeys([int(tokenizer.eos_token_id), *listed, *(added[stop] for stop in stops if stop in added)])
+    )
 
 
-def _left_padded(sequences: Sequence[list[int]], pad: int) -> Mapping[str, torch.Tensor]:
+def _stopped(tokenizer: Any, stops: Sequence[str], start: int) -> Callable[..., torch.Tensor]:
+    """Which sequences hold a stop text behind position `start`. transformers' own criterion reads the prompt as well,
+    and fails on small vocabularies."""
+    # A character has four bytes at most, and a byte is a token at worst.
+    window = 4 * max(map(len, stops)) + 8
+
+    def stopped(ids_NT: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        texts = (_decoded(ids, tokenizer) for ids in ids_NT[:, max(start, ids_NT.shape[1] - window) :].tolist())
+        return torch.tensor([any(stop in text for stop in stops) for text in texts], device=ids_NT.device)
+
+    return stopped
+
+
+@contextmanager
+def _without_settings(model: Any) -> Iterator[None]:
+    """What a config leaves open, transformers fills from the checkpoint's: forced tokens, least lengths, and such."""
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _padded(sequences: Sequence[list[int]], pad: int, *, left: bool) -> Mapping[str, torch.Tensor]:
+    """A decoder goes on where its prompt ends, so it is padded on the left; an encoder counts from the first token."""
     longest = max(map(len, sequences))
-    ids = [[*[pad] * (longest - len(sequence)), *sequence] for sequence in sequences]
-    mask = [[*[0] * (longest - len(sequence)), *[1] * len(sequence)] for sequence in sequences]
+    gaps = [longest - len(sequence) for sequence in sequences]
+    rows = zip(sequences, gaps, strict=True)
+    ids = [[pad] * gap + sequence if left else sequence + [pad] * gap for sequence, gap in rows]
+    ones = [[1] * len(sequence) for sequence in sequences]
+    mask = [[0] * gap + one if left else one + [0] * gap for one, gap in zip(ones, gaps, strict=True)]
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
-def _text(ids: list[int], tokenizer: Any, stops: Sequence[str]) -> str:
-    """What was generated, up to the end mark or a stop text."""
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+def _text(ids: list[int], tokenizer: Any, ends: Sequence[int], stops: Sequence[str]) -> str:
+    """What was generated, up to an end mark or a stop text."""
+    ids = ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+    text = _decoded(ids, tokenizer)
     for stop in stops:
         text = text.partition(stop)[0]
     return text.strip()
+
+
+def _decoded(ids: list[int], tokenizer: Any) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

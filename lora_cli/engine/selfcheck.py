@@ -8,7 +8,7 @@ import torch
 
 from lora_cli.errors import TrainingFailure
 
-__all__ = ["Movement", "check_same_logits"]
+__all__ = ["Movement", "check_same_logits", "same_logits"]
 
 
 class Movement:
@@ -48,9 +48,15 @@ def check_same_logits(what: str, expected: torch.Tensor, found: torch.Tensor, *,
     Raises:
         TrainingFailure: they do not; `what` says which promise is broken.
     """
-    difference = (expected.float() - found.float()).abs().max().item()
-    if not difference <= tolerance * max(1.0, expected.float().abs().max().item()):
+    if not same_logits(expected, found, tolerance=tolerance):
+        difference = (expected.float() - found.float()).abs().max().item()
         raise TrainingFailure(f"self-check: {what}; the largest difference of the logits is {difference:.3g}")
+
+
+def same_logits(expected: torch.Tensor, found: torch.Tensor, *, tolerance: float) -> bool:
+    """Whether two batches of logits agree within `tolerance` (absolute, and relative to the largest)."""
+    difference = (expected.float() - found.float()).abs().max().item()
+    return difference <= tolerance * max(1.0, expected.float().abs().max().item())
 
 
 def _some(names: list[str]) -> str:

@@ -141,7 +141,8 @@ def train(
         progress.loss_sum += float(loss_sum)
         progress.loss_targets += targets
         if watch and not skipped and progress.step >= watch_until:
-            watch.verify(still=(".A",) if progress.step == 1 else ())
+            # A new token's row moves when a text has the token, which the first ones need not.
+            watch.verify(still=(".new_rows", ".A") if progress.step == 1 else (".new_rows",))
             watch = None
 
         last = progress.step == total

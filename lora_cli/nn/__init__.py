@@ -14,6 +14,7 @@ from lora_cli.nn.inject import (
     unmerge,
 )
 from lora_cli.nn.layers import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear
+from lora_cli.nn.tokens import draw_rows
 from lora_cli.nn.variants import VARIANTS
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "LoraLinear",
     "TargetRow",
     "adapted_layers",
+    "draw_rows",
     "fingerprint",
     "inject",
     "load_adapter",

@@ -2,6 +2,8 @@
 
 Loading believes nothing: config and header are checked against the model, name by name and shape by shape, before a
 tensor is read; all tensors are checked before the model is touched.
+
+Of full fine-tuning the folder holds the whole model, under the names that it gives its weights, and lora.json.
 """
 
 from __future__ import annotations
@@ -32,13 +34,16 @@ from lora_cli.nn.peft_format import (
     stored_scale,
     stored_tensors,
 )
-from lora_cli.nn.targets import LayerPlan, Plan, check_plan, is_inside
+from lora_cli.nn.targets import FULL, LayerPlan, Plan, check_plan, is_inside
+from lora_cli.nn.tokens import token_layers
 from lora_cli.nn.untrusted import TensorEntry, read_header, read_json, read_tensor, where
+from lora_cli.spec import LoraSpec
 
 __all__ = ["AdapterFile", "fingerprint", "load_adapter", "read_adapter", "save_adapter"]
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+_MODEL = "model.safetensors"
 _FACTS = "lora.json"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _FORMAT = 1
@@ -56,7 +61,7 @@ class AdapterFile:
     folder: Path
     """Where it is."""
     config: PeftConfig
-    """What adapter_config.json says."""
+    """What adapter_config.json says; of full fine-tuning, lora.json."""
     tensors: Mapping[str, TensorEntry]
     """What the header of the weights says."""
     fingerprint: str | None
@@ -65,6 +70,11 @@ class AdapterFile:
     """What `save_adapter` was given as `extra`."""
     parts: Mapping[str, LayerPlan]
     """Layer → its parts, with their rank and alpha, where a fused projection is adapted in part."""
+
+    @property
+    def weights(self) -> Path:
+        """The file of its tensors."""
+        return self.folder / _weights_of(self.config.spec)
 
 
 def fingerprint(model: nn.Module, *, fresh: Sequence[str]) -> str:
@@ -98,14 +108,17 @@ def save_adapter(
 ) -> None:
     """Write the adapter of `model` as PEFT reads it, in fp32, and `extra` (JSON) beside it; merged or not.
 
-    The folder gets its name only when it is complete. An adapter already there is replaced.
+    After full fine-tuning, all of the model, which PEFT refuses. The folder gets its name only when it is complete. An
+    adapter already there is replaced.
 
     Raises:
         AdapterError: `folder` exists and holds something else.
     """
     spec = injection.spec
     layers = {name: LayerPlan("", layer.r, layer.alpha, layer.parts) for name, layer in adapted_layers(model).items()}
-    config, plan = build_config(model, Plan(layers, injection.trained_whole), spec, task_type)
+    rows = {name: tuple(layer.index.tolist()) for name, layer in token_layers(model).items()}
+    adapted = Plan(layers, injection.trained_whole, new_rows=rows)
+    config, plan = build_config(model, adapted, spec, task_type)
     config |= {"base_model_name_or_path": base_name, "revision": revision}
     facts = {"format": _FORMAT, "made_by": f"lora-cli {__version__}", "fingerprint": fingerprint, "extra": dict(extra)}
     tensors = {
@@ -113,7 +126,11 @@ def save_adapter(
         for stored in stored_tensors(model, plan, spec)
     }
     facts |= _parts_facts(layers)
-    _write_folder(folder, {_CONFIG: dict(sorted(config.items())), _FACTS: facts}, tensors)
+    documents = {_CONFIG: dict(sorted(config.items())), _FACTS: facts}
+    if spec.variant == FULL:
+        base = {"base_model_name_or_path": base_name, "revision": revision, "task_type": task_type}
+        documents = {_FACTS: facts | {FULL: base}}
+    _write_folder(folder, documents, _weights_of(spec), tensors)
 
 
 def read_adapter(folder: Path) -> AdapterFile:
@@ -122,15 +139,19 @@ def read_adapter(folder: Path) -> AdapterFile:
     Raises:
         AdapterError: a file is missing, damaged, of a kind that is never opened, or asks for what is not supported.
     """
-    if not os.path.lexists(folder / _CONFIG):
+    facts = _read_facts(folder / _FACTS)
+    if FULL in facts:
+        config = _full_config(facts[FULL], folder / _FACTS)
+    elif os.path.lexists(folder / _CONFIG):
+        config = parse_config(read_json(folder / _CONFIG), where(folder / _CONFIG))
+    else:
         raise AdapterError(f"{where(folder)}: no adapter here ({_CONFIG} is missing)")
-    config = parse_config(read_json(folder / _CONFIG), where(folder / _CONFIG))
-    if not os.path.lexists(folder / _WEIGHTS):
+    weights = _weights_of(config.spec)
+    if not os.path.lexists(folder / weights):
         pickles = [name for name in _PICKLES if os.path.lexists(folder / name)]
         hint = f"; {pickles[0]} is a pickle, which is never opened: save it as safetensors" if pickles else ""
-        raise AdapterError(f"{where(folder)}: {_WEIGHTS} is missing{hint}")
-    tensors = read_header(folder / _WEIGHTS)
-    facts = _read_facts(folder / _FACTS)
+        raise AdapterError(f"{where(folder)}: {weights} is missing{hint}")
+    tensors = read_header(folder / weights)
     parts = _parse_parts(facts.get("parts", {"layers": {}}), folder / _FACTS)
     return AdapterFile(folder, config, tensors, facts.get("fingerprint"), facts.get("extra", {}), parts)
 
@@ -158,7 +179,9 @@ def load_adapter(
             f"{where(file.folder)}: it was trained on another base model ({name}) than the one loaded; "
             "the weights differ. force_base=true uses it nevertheless"
         )
-    plan = _with_parts(plan_from(model, file.config, fresh, where(file.folder / _CONFIG)), file)
+    plan = Plan({}, tuple(fresh))
+    if file.config.spec.variant != FULL:
+        plan = _with_parts(plan_from(model, file.config, fresh, where(file.folder / _CONFIG)), file)
     try:
         check_plan(model, plan, file.config.spec)
     except ConfigError as error:
@@ -173,7 +196,7 @@ def load_adapter(
 
 def _read_tensors(file: AdapterFile, expected: Sequence[StoredTensor], ignored: set[str]) -> dict[str, Tensor]:
     """Parameter name → tensor, if the file holds exactly the `expected` ones, all finite."""
-    path = file.folder / _WEIGHTS
+    path = file.weights
     found = {stored: next((key for key in stored.keys if key in file.tensors), None) for stored in expected}
     missing = [stored.keys[0] for stored, key in found.items() if key is None]
     if missing:
@@ -193,6 +216,19 @@ def _read_tensors(file: AdapterFile, expected: Sequence[StoredTensor], ignored: 
             raise AdapterError(f"{where(path)}: {_few([key])} holds NaN or infinity")
         tensors[stored.parameter] = stored.unpacked(tensor)
     return tensors
+
+
+def _weights_of(spec: LoraSpec) -> str:
+    return _MODEL if spec.variant == FULL else _WEIGHTS
+
+
+def _full_config(value: Any, path: Path) -> PeftConfig:
+    """What lora.json says of a model that was trained whole."""
+    keys = ("task_type", "base_model_name_or_path", "revision")
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), str | None) for key in keys):
+        raise AdapterError(f"{where(path)}: {FULL} must be an object of texts")
+    task_type, base_name, revision = (value.get(key) for key in keys)
+    return PeftConfig(LoraSpec(variant=FULL, targets=[]), (), task_type, base_name, revision)
 
 
 def _parts_facts(layers: Mapping[str, LayerPlan]) -> dict[str, Any]:
@@ -226,7 +262,7 @@ def _with_parts(plan: Plan, file: AdapterFile) -> Plan:
             known = f"r={r}, alpha={alpha:g} in {_CONFIG}"
             raise AdapterError(f"{where(file.folder / _FACTS)}: parts of {printable(name, 60)} need {known}")
         layers[name] = replace(parts, pattern=layer.pattern)
-    return Plan(layers, plan.whole)
+    return replace(plan, layers=layers)
 
 
 def _few(keys: Iterable[str]) -> str:
@@ -245,10 +281,10 @@ def _read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _write_folder(folder: Path, documents: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save
+def _write_folder(folder: Path, documents: Mapping[str, object], weights: str, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save_file
 
-    if folder.exists() and any(folder.iterdir()) and not (folder / _CONFIG).exists():
+    if folder.exists() and any(folder.iterdir()) and not any((folder / name).exists() for name in (_CONFIG, _FACTS)):
         raise AdapterError(f"{where(folder)}: there is something else; name a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary, replaced = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
@@ -257,7 +293,12 @@ def _write_folder(folder: Path, documents: Mapping[str, object], tensors: Mappin
     try:
         for name, document in documents.items():
             _write(temporary / name, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
-        _write(temporary / _WEIGHTS, save(dict(tensors), metadata={"format": "pt"}))
+        # Not made in memory first, as a whole model is large.
+        save_file(dict(tensors), temporary / weights, metadata={"format": "pt"})
+        with (temporary / weights).open("rb") as file:
+            os.fsync(file.fileno())
+        # safetensors makes it unreadable for others.
+        shutil.copymode(temporary / _FACTS, temporary / weights)
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             folder.rename(replaced)

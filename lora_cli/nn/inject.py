@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lora_cli.errors import AdapterError
 from lora_cli.nn.fused import placement_of
 from lora_cli.nn.layers import LoraLayer, generator_for, kind_of
-from lora_cli.nn.targets import LayerPlan, Plan, first_names, is_inside, matrix_of, plan_adapter
+from lora_cli.nn.targets import FULL, LayerPlan, Plan, first_names, is_inside, matrix_of, plan_adapter
+from lora_cli.nn.tokens import TokenRows, token_layers, vocabulary_layers
 from lora_cli.nn.variants import VARIANTS
 from lora_cli.spec import LoraSpec
 
@@ -39,9 +40,9 @@ class TargetRow:
     """What one entry of `lora.targets` matched."""
 
     pattern: str
-    """The entry."""
+    """The entry; "new tokens" for their rows, "everything" in full fine-tuning."""
     modules: tuple[str, ...]
-    """Names of the adapted layers, in the model's order."""
+    """Names of the adapted layers, in the model's order; in full fine-tuning the model's largest parts."""
     ranks: tuple[int, ...]
     """Their ranks, in the same order; of each part, where parts of a fused projection are adapted."""
     num_parameters: int
@@ -76,14 +77,18 @@ def inject(
     groups: Mapping[str, Sequence[str]],
     fresh: Sequence[str] = (),
     skip: Sequence[str] = (),
+    new_rows: Sequence[int] = (),
     seed: int = 0,
 ) -> Injection:
     """Adapt `model` in place; whatever `spec` does not train is frozen. On an error the model is untouched.
 
+    With variant "full" no layer is adapted and every parameter trains.
+
     `groups` gives names such as "default" their dotted suffixes; "all-linear" is built in. `fresh` names the
     modules without pretrained weights: they train whole. `skip` is what "all-linear" leaves out besides: the
-    output embedding. Layers inside a module that trains whole are never adapted. Trained tensors become fp32, so
-    a base in a narrower dtype has to run under autocast.
+    output embedding. Layers inside a module that trains whole are never adapted. `new_rows` are the numbers of
+    tokens whose rows train in the input embedding and in the output layer, from where they stand. Trained tensors
+    become fp32, so a base in a narrower dtype has to run under autocast.
 
     Raises:
         UnknownName: a target, pattern or module that matches nothing.
@@ -91,22 +96,34 @@ def inject(
             does not allow.
         AdapterError: the model is adapted already.
     """
-    return inject_plan(model, plan_adapter(model, spec, groups=groups, fresh=fresh, skip=skip), spec, seed=seed)
+    plan = plan_adapter(model, spec, groups=groups, fresh=fresh, skip=skip, new_rows=new_rows)
+    return inject_plan(model, plan, spec, seed=seed)
 
 
 def inject_plan(model: nn.Module, plan: Plan, spec: LoraSpec, *, seed: int = 0) -> Injection:
     """`inject` with the layers already chosen; of `spec`, targets and patterns are not read."""
-    if adapted_layers(model):
+    if adapted_layers(model) or token_layers(model):
         raise AdapterError("the model is adapted already; remove that adapter first")
-    model.requires_grad_(False)
+    model.requires_grad_(spec.variant == FULL)
     layers = {name: _adapt(model, name, layer, spec, seed) for name, layer in plan.layers.items()}
     for name, first in first_names(model).items():
         if first in layers:
             model.set_submodule(name, layers[first].train(model.training))
+    _put_rows(model, plan.new_rows)
     for parameter in _trained_base_parameters(model, plan.whole, spec.bias):
         parameter.requires_grad_(True)
     _widen_trained(model)
     return _injection(model, plan, spec)
+
+
+def _put_rows(model: nn.Module, new_rows: Mapping[str, Sequence[int]]) -> None:
+    layers = vocabulary_layers(model) if new_rows else {}
+    for name, index in new_rows.items():
+        owner = None
+        for each in layers[name]:
+            layer = TokenRows(model.get_submodule(each), index, owner).train(model.training)
+            owner = owner or layer
+            model.set_submodule(each, layer)
 
 
 def _adapt(model: nn.Module, name: str, layer: LayerPlan, spec: LoraSpec, seed: int) -> LoraLayer:
@@ -131,14 +148,14 @@ def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def merge(model: nn.Module) -> dict[str, float]:
-    """Write every update into its base weight. Returns layer → the largest change of a weight.
+    """Write every update and every new token's row into its base weight. Returns layer → largest change of a weight.
 
     Computed in fp32 and rounded once. Copies of the base weights are kept for `unmerge`.
 
     Raises:
         AdapterError: merged already, or a merged weight is not finite; no layer is merged then.
     """
-    layers = adapted_layers(model)
+    layers = _mergeable(model)
     changes: dict[str, float] = {}
     for name, layer in layers.items():
         try:
@@ -156,7 +173,7 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         AdapterError: a layer is not merged.
     """
-    for layer in adapted_layers(model).values():
+    for layer in _mergeable(model).values():
         layer.unmerge()
 
 
@@ -166,6 +183,13 @@ def remove(model: nn.Module) -> None:
     for name, first in first_names(model).items():
         if first in layers:
             model.set_submodule(name, layers[first].base_layer)
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, TokenRows):
+            model.set_submodule(name, module.base_layer)
+
+
+def _mergeable(model: nn.Module) -> dict[str, LoraLayer | TokenRows]:
+    return {**adapted_layers(model), **token_layers(model)}
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
@@ -241,15 +265,27 @@ def _injection(model: nn.Module, plan: Plan, spec: LoraSpec) -> Injection:
         modules = tuple(name for name, layer in plan.layers.items() if layer.pattern == pattern)
         ranks = tuple(plan.layers[name].r for name in modules)
         rows.append(TargetRow(pattern, modules, ranks, sum(sizes[name] for name in modules)))
+    tokens = {name: layer.new_rows.numel() for name, layer in token_layers(model).items()}
+    if tokens:
+        rows.append(TargetRow("new tokens", tuple(tokens), (), sum(tokens.values())))
+    if spec.variant == FULL:
+        rows.append(_everything_else(model, plan.whole))
     return Injection(
         spec=spec,
         rows=tuple(rows),
         trained_whole=plan.whole,
         num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        num_adapter=sum(sizes.values()),
+        num_adapter=sum(sizes.values()) + sum(tokens.values()),
         num_total=sum(p.numel() for p in model.parameters()),
         left_out=plan.left_out,
     )
+
+
+def _everything_else(model: nn.Module, heads: Sequence[str]) -> TargetRow:
+    """What full fine-tuning trains besides the fresh head; a tied weight counts once."""
+    sizes = {name: p.numel() for name, p in model.named_parameters() if not is_inside(name, heads)}
+    modules = tuple(name for name, _ in model.named_children() if any(is_inside(own, [name]) for own in sizes))
+    return TargetRow("everything", modules, (), sum(sizes.values()))
 
 
 def _num_adapter(layer: LoraLayer) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora_cli.errors import AdapterError, ConfigError, printable
@@ -22,7 +22,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _UNSUPPORTED = (
     "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config", "layer_replication",
     "layers_pattern", "layers_to_transform", "lora_bias", "megatron_config", "monteclora_config", "target_parameters",
-    "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+    "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 """Keys that change what is computed, or where, when set; refused then."""
 
@@ -52,6 +52,8 @@ class PeftConfig:
     """What the base model was called; a hint only."""
     revision: str | None
     """Its revision."""
+    token_rows: Mapping[str | None, tuple[int, ...]] = field(default_factory=dict)
+    """End of a layer's name, or None for the input embedding → numbers of the rows that train in it."""
 
 
 def parse_config(values: Mapping[str, Any], source: str) -> PeftConfig:
@@ -83,10 +85,11 @@ def parse_config(values: Mapping[str, Any], source: str) -> PeftConfig:
         )
     except (ConfigError, OverflowError) as error:
         raise AdapterError(f"{source}: {printable(error, 180)}") from error
-    exclude = tuple(config.names("exclude_modules"))
+    exclude, token_rows = tuple(config.names("exclude_modules")), config.token_rows()
     config.warn_of_unknown()
-    texts = [config.get(key, (str, type(None)), None) for key in ("task_type", "base_model_name_or_path", "revision")]
-    return PeftConfig(spec, exclude, *texts)
+    keys = ("task_type", "base_model_name_or_path", "revision")
+    task_type, base_name, revision = (config.get(key, (str, type(None)), None) for key in keys)
+    return PeftConfig(spec, exclude, task_type, base_name, revision, token_rows)
 
 
 class _Fields:
@@ -130,6 +133,17 @@ class _Fields:
             if type(value) not in types:
                 raise self.fault(key, "a number is needed for each name")
         return pattern
+
+    def token_rows(self) -> dict[str | None, tuple[int, ...]]:
+        value = self.get("trainable_token_indices", (list, dict, type(None)), None) or {}
+        rows: dict[str | None, list[int]] = value if isinstance(value, dict) else {None: value}
+        for name, numbers in rows.items():
+            are_numbers = isinstance(numbers, list) and all(type(item) is int and item >= 0 for item in numbers)
+            if name == "" or not are_numbers or not numbers or len(set(numbers)) != len(numbers):
+                raise self.fault(
+                    "trainable_token_indices", "different token numbers are needed, or a list for each name"
+                )
+        return {name: tuple(numbers) for name, numbers in rows.items()}
 
     def warn_of_unknown(self) -> None:
         unknown = sorted(key for key in self.values.keys() - self.read if self.values[key])

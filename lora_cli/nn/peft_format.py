@@ -18,7 +18,8 @@ from lora_cli.errors import AdapterError, printable
 from lora_cli.nn.fused import Placement, placement_of
 from lora_cli.nn.layers import LoraConv1D, LoraEmbedding, LoraLayer, kind_of
 from lora_cli.nn.peft_config import NO_TARGETS, PeftConfig
-from lora_cli.nn.targets import ALL_LINEAR, LayerPlan, Plan, first_names, is_inside, matrix_of, outermost
+from lora_cli.nn.targets import ALL_LINEAR, FULL, LayerPlan, Plan, first_names, is_inside, matrix_of, outermost
+from lora_cli.nn.tokens import TokenRows, vocabulary_layers
 from lora_cli.nn.variants import VARIANTS
 from lora_cli.spec import LoraSpec
 
@@ -90,21 +91,56 @@ def plan_from(model: nn.Module, config: PeftConfig, fresh: Sequence[str], source
         layers[name] = LayerPlan(pattern, r, alphas.get(_first_match(name, alphas) or "", spec.alpha))
     if spec.targets and not layers:
         raise AdapterError(f"{source}: target_modules {printable(spec.targets, 80)} match no layer of this model")
-    return Plan(layers, outermost([*fresh, *_saved_whole(names, saved, layers)]))
+    whole = outermost([*fresh, *_saved_whole(names, saved, layers)])
+    return Plan(layers, whole, new_rows=_new_rows(model, config, source))
+
+
+def _new_rows(model: nn.Module, config: PeftConfig, source: str) -> dict[str, tuple[int, ...]]:
+    """Embedding or output layer → its rows that train, where PEFT would put them; a shared weight has them once."""
+    layers = vocabulary_layers(model) if config.token_rows else {}
+    found: dict[str, tuple[int, ...]] = {}
+    for entry, index in config.token_rows.items():
+        matching = (name for name, names in layers.items() if entry is None or any(n.endswith(entry) for n in names))
+        first = next(matching, None)
+        if first is None:
+            named = printable(entry or "the input embedding", 60)
+            raise AdapterError(f"{source}: trainable_token_indices: {named} is no embedding of tokens here")
+        num_rows = len(_base(model, first).get_parameter("weight"))
+        if max(index) >= num_rows:
+            lacks = f"it brings a row for token {max(index)}, but {first} has {num_rows} rows"
+            raise AdapterError(f"{source}: {lacks}; name the tokens that were added: model.add_tokens=[...]")
+        if found.setdefault(first, index) != index:
+            raise AdapterError(f"{source}: trainable_token_indices: two lists for {first}")
+    return found
 
 
 def stored_tensors(model: nn.Module, plan: Plan, spec: LoraSpec) -> list[StoredTensor]:
-    """Every tensor that belongs in the file, for a model before or after `plan` is carried out."""
-    return [*_layer_tensors(model, plan, spec), *_whole_tensors(model, plan), *_bias_tensors(model, plan, spec)]
+    """Every tensor that belongs in the file, for a model before or after `plan` is carried out.
+
+    In full fine-tuning, which PEFT does not know, they have the model's own names.
+    """
+    if spec.variant == FULL:
+        return [StoredTensor(name, (name,), tuple(p.shape)) for name, p in model.named_parameters()]
+    return [
+        *_layer_tensors(model, plan, spec),
+        *_row_tensors(model, plan),
+        *_whole_tensors(model, plan),
+        *_bias_tensors(model, plan, spec),
+    ]
 
 
 def ignored_keys(model: nn.Module, plan: Plan) -> set[str]:
     """What PEFT writes and we do not need.
 
-    Second copies of the modules saved whole (with bias="all", and before version 0.4), and base weights of targeted
-    embeddings.
+    Second copies of the modules saved whole (with bias="all", and before version 0.4), and base weights of embeddings
+    that are targeted or have new rows.
     """
     embeddings = {f"{PREFIX}{name}.base_layer.weight" for name in plan.layers if name.endswith(_EMBEDDINGS)}
+    embeddings |= {
+        f"{PREFIX}{each}.token_adapter.base_layer.weight"
+        for name in plan.new_rows
+        for each in vocabulary_layers(model)[name]
+    }
     return embeddings | {
         f"{PREFIX}{name}.{copy}.{inner}"
         for name in plan.whole
@@ -143,10 +179,11 @@ def build_config(model: nn.Module, plan: Plan, spec: LoraSpec, task_type: str | 
         "exclude_modules": exclude,
         "rank_pattern": _pattern(ranks, r),
         "use_dora": spec.variant == "dora",
+        "trainable_token_indices": {name: list(index) for name, index in plan.new_rows.items()},
         "use_rslora": spec.scaling == "alpha/sqrt(r)",
     }
     config |= {key: value for key, value in optional.items() if value}
-    return config, Plan(plan.layers, whole)
+    return config, Plan(plan.layers, whole, new_rows=plan.new_rows)
 
 
 def stored_scale(layer: LayerPlan, scaling: str) -> tuple[int, float]:
@@ -214,6 +251,13 @@ def _layer_tensors(model: nn.Module, plan: Plan, spec: LoraSpec) -> Iterator[Sto
             yield StoredTensor(f"{name}.{parameter}", (key, f"{key}.weight", f"{key}.default"), (rows,))
 
 
+def _row_tensors(model: nn.Module, plan: Plan) -> Iterator[StoredTensor]:
+    for name, index in plan.new_rows.items():
+        key = f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"
+        columns = _base(model, name).get_parameter("weight").shape[1]
+        yield StoredTensor(f"{name}.new_rows", (key, f"{key}.default"), (len(index), columns))
+
+
 def _whole_tensors(model: nn.Module, plan: Plan) -> Iterator[StoredTensor]:
     for name in plan.whole:
         for inner, parameter in model.get_submodule(name).named_parameters():
@@ -235,7 +279,7 @@ def _bias_tensors(model: nn.Module, plan: Plan, spec: LoraSpec) -> Iterator[Stor
 
 def _base(model: nn.Module, name: str) -> nn.Module:
     module = model.get_submodule(name)
-    return module.base_layer if isinstance(module, LoraLayer) else module
+    return module.base_layer if isinstance(module, LoraLayer | TokenRows) else module
 
 
 def _is_output(model: nn.Module, name: str) -> bool:

@@ -10,18 +10,20 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from lora_cli.errors import ConfigError, UnknownName
 from lora_cli.nn.fused import placement_of
 from lora_cli.nn.layers import KINDS, LoraLayer, kind_of
+from lora_cli.nn.tokens import vocabulary_layers
 from lora_cli.nn.variants import VARIANTS
 from lora_cli.spec import MAX_RANK, MAX_SCALING, LoraSpec
 
 __all__ = [
     "ALL_LINEAR",
+    "FULL",
     "LayerPlan",
     "Plan",
     "check_plan",
@@ -34,6 +36,9 @@ __all__ = [
 
 ALL_LINEAR = "all-linear"
 """The built-in group: every Linear and Conv1D that is not new, trained whole or the output embedding."""
+
+FULL = "full"
+"""The variant without an adapter: every parameter trains, tied ones as one."""
 
 _KINDS = ", ".join(kind.__name__.removeprefix("Lora") for kind in KINDS)
 
@@ -62,10 +67,18 @@ class Plan:
     """Modules that train whole, none inside another."""
     left_out: tuple[str, ...] = ()
     """Ends of the names of matrices that an entry covers, but that are not adapted."""
+    new_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Embedding or output layer, the first of those that share its weight → numbers of its rows that train."""
 
 
 def plan_adapter(
-    model: nn.Module, spec: LoraSpec, *, groups: Mapping[str, Sequence[str]], fresh: Sequence[str], skip: Sequence[str]
+    model: nn.Module,
+    spec: LoraSpec,
+    *,
+    groups: Mapping[str, Sequence[str]],
+    fresh: Sequence[str],
+    skip: Sequence[str],
+    new_rows: Sequence[int] = (),
 ) -> Plan:
     """Resolve `spec` against `model`, changing neither.
 
@@ -74,6 +87,8 @@ def plan_adapter(
         ConfigError: an entry that matches no layer of a kind that can be adapted, or a choice that this model
             does not allow.
     """
+    if spec.variant == FULL:
+        return Plan({}, tuple(fresh))
     names = first_names(model)
     whole = outermost([*fresh, *_saved_whole(spec, names)])
     chosen, left_out = _targets(model, spec, groups, names, whole, skip)
@@ -83,9 +98,9 @@ def plan_adapter(
         name: LayerPlan(pattern, int(ranks.get(name, spec.r)), float(alphas.get(name, spec.alpha)), parts)
         for name, (pattern, parts) in chosen.items()
     }
-    if not layers and not whole and spec.bias != "all":
+    if not layers and not whole and spec.bias != "all" and not new_rows:
         raise ConfigError("lora.targets", "[]", "nothing would train: this model has no fresh head; name layers")
-    plan = Plan(layers, whole, left_out)
+    plan = Plan(layers, whole, left_out, _rows_outside(model, new_rows, whole))
     check_plan(model, plan, spec)
     return plan
 
@@ -95,8 +110,9 @@ def check_plan(model: nn.Module, plan: Plan, spec: LoraSpec) -> None:
 
     Raises:
         ConfigError: a rank larger than its layer, parts that the layer does not have, a weight tied to another
-            module, a module with state beside its parameters.
+            module, a module with state beside its parameters, a layer whose rows of new tokens train besides.
     """
+    _check_rows(model, plan, spec)
     for name, layer in plan.layers.items():
         rows, columns = matrix_of(model, name).shape
         if layer.parts:
@@ -251,6 +267,28 @@ def _saved_whole(spec: LoraSpec, names: Mapping[str, str]) -> list[str]:
             raise UnknownName("lora.modules_to_save", entry, (name.rsplit(".", 1)[-1] for name in names), "module")
         saved += sorted(found)
     return saved
+
+
+def _rows_outside(model: nn.Module, new_rows: Sequence[int], whole: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Layer → its rows that train, unless it trains whole."""
+    if not new_rows:
+        return {}
+    layers = vocabulary_layers(model)
+    if not layers:
+        raise ConfigError("model.add_tokens", len(new_rows), "the model does not tell which layer is its embedding")
+    outside = [name for name, names in layers.items() if not all(is_inside(each, whole) for each in names)]
+    return dict.fromkeys(outside, tuple(new_rows))
+
+
+def _check_rows(model: nn.Module, plan: Plan, spec: LoraSpec) -> None:
+    layers = vocabulary_layers(model) if plan.new_rows else {}
+    for first in plan.new_rows:
+        for name in layers[first]:
+            key = "lora.targets" if name in plan.layers else "lora.modules_to_save"
+            if name in plan.layers or is_inside(name, plan.whole):
+                raise ConfigError(key, name, "its rows of new tokens train (model.add_tokens); leave it out")
+            if spec.bias == "all" and getattr(model.get_submodule(name), "bias", None) is not None:
+                raise ConfigError("lora.bias", "all", f"not with new tokens here: {name} has a bias; lora_only or none")
 
 
 def _overrides(key: str, patterns: Mapping[str, float], layers: Collection[str]) -> dict[str, float]:

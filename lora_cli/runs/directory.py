@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from lora_cli.disk import atomic_folder, open_plain, read_object, write_atomic
+from lora_cli.disk import open_plain, read_object, write_atomic
 from lora_cli.errors import RunError, printable
 from lora_cli.runs.facts import FORMAT, checked_facts
 from lora_cli.spec import SPLITS
@@ -31,13 +31,11 @@ from lora_cli.spec import SPLITS
 __all__ = [
     "FORMAT",
     "RunDirectory",
-    "atomic_folder",
     "point_latest",
     "read_json",
     "read_saved_config",
     "result_keys",
     "signature",
-    "write_atomic",
     "write_json",
     "write_jsonl",
 ]
@@ -243,6 +241,8 @@ def _name(config: Mapping[str, Any]) -> str:
     lora = config["lora"]
     size = f"r{lora['r']}" if lora["targets"] else "head"
     variant = "" if lora["variant"] == "lora" else f"_{lora['variant']}"
+    if lora["variant"] == "full":
+        size, variant = "full", ""
     model = Path(config["model"]["path"]).name if config["model"]["path"] else config["model"]["name"]
     parts = [time.strftime("%Y-%m-%d"), config["task"]["name"], model, f"{size}{variant}", signature(config)]
     return "_".join(re.sub(r"[^A-Za-z0-9.-]+", "-", part) if i else part for i, part in enumerate(parts))

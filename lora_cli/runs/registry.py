@@ -43,8 +43,8 @@ def find_run(name: str) -> Path:
 
 
 def is_bare_adapter(path: Path) -> bool:
-    """Whether `path` is an adapter without a run around it, as PEFT saves it."""
-    return (path / "adapter_config.json").is_file()
+    """Whether `path` is an adapter without a run around it, as PEFT saves it, or a model that was trained whole."""
+    return any((path / name).is_file() for name in ("adapter_config.json", "lora.json"))
 
 
 def run_of(config: Mapping[str, Any], directory: Path | None) -> RunDirectory | None:

@@ -16,11 +16,15 @@ def model_card(config: Mapping[str, Any], facts: Mapping[str, Any], overrides: S
     `config` is the run's config, `facts` its run.json, `overrides` the words that were typed.
     """
     task, lora, train = config["task"], config["lora"], config["train"]
+    is_full = lora["variant"] == "full"
+    made, fits = "A low-rank adapter made", "It fits this base model only"
+    if is_full:
+        made, fits = "The whole model, fine-tuned", "It was trained from this base model"
     head = {
         "base_model": facts["base"]["name"],
-        "library_name": "peft",
-        "pipeline_tag": "text-classification",
-        "tags": ["lora", task["name"]],
+        "library_name": "transformers" if is_full else "peft",
+        "pipeline_tag": "text-classification" if task["kind"] == "classification" else "text-generation",
+        "tags": [lora["variant"] if is_full else "lora", task["name"]],
     }
     metrics = [
         f"| {_cell(split)} | {_cell(name)} | {'undefined' if value is None else f'{value:.4f}'} |"
@@ -31,13 +35,16 @@ def model_card(config: Mapping[str, Any], facts: Mapping[str, Any], overrides: S
         "variant": f"{lora['variant']}, r {lora['r']}, alpha {lora['alpha']:g}, scaling {lora['scaling']}",
         "layers": ", ".join(row["pattern"] for row in facts["targets"]) or "none: only the head is trained",
         "trained parameters": f"{facts['parameters']['trainable']:,} of {facts['parameters']['total']:,}",
-        "trained whole": ", ".join(facts["trained_whole"]) or "nothing",
+        "trained whole": "everything" if is_full else ", ".join(facts["trained_whole"]) or "nothing",
         "training": (
             f"{facts['steps']} steps of {train['batch_size'] * train['accumulation']} rows, "
             f"learning rate {train['lr']:g}, {train['schedule']}, seed {config['seed']}"
         ),
-        "labels": ", ".join(facts["labels"]) if facts["labels"] else "a number",
     }
+    if task["kind"] == "classification":
+        settings["labels"] = ", ".join(facts["labels"]) if facts["labels"] else "a number"
+    if is_full:
+        settings = {key: value for key, value in settings.items() if key not in ("variant", "layers")}
     command = " ".join(["lora train", *overrides])
     lines = [
         "---",
@@ -46,7 +53,7 @@ def model_card(config: Mapping[str, Any], facts: Mapping[str, Any], overrides: S
         "",
         f"# {_cell(task['name'])} on {_cell(facts['base']['name'])}",
         "",
-        f"A low-rank adapter made by lora {facts['versions']['lora']}. It fits this base model only:",
+        f"{made} by lora {facts['versions']['lora']}. {fits}:",
         f"fingerprint `{facts['base']['fingerprint'][:16]}`.",
         "",
         "| split | metric | value |",
@@ -69,7 +76,9 @@ def model_card(config: Mapping[str, Any], facts: Mapping[str, Any], overrides: S
         'lora infer run=THIS_RUN text="..."',
         "```",
         "",
-        "or with PEFT: load the base model with as many labels, then `PeftModel.from_pretrained(base, folder)`.",
+        "or with transformers: `from_pretrained(folder)` of the Auto class for the task."
+        if is_full
+        else "or with PEFT: load the base model with as many labels, then `PeftModel.from_pretrained(base, folder)`.",
         "",
     ]
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lora_cli.errors import ConfigError, DataError, ModelError, printable
@@ -15,15 +16,14 @@ from lora_cli.tasks.sequences import IGNORED, EncodedTexts, Query, TextExample, 
 
 __all__ = ["TEMPLATES", "Chat"]
 
-_TURNS = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}"
 TEMPLATES: dict[str, str | None] = {
     "tokenizer": None,
-    "chatml": _TURNS
-    + "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-    + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}"
+    "{% if m.role == 'assistant' and eos_token != '<|im_end|>' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     "plain": "{% for m in messages %}{{ m.role | capitalize + ': ' + m.content }}"
-    + "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-    + "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}",
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}",
 }
 """task.template → the template in Jinja; None: the one that the tokenizer brings."""
 _ROLES = ("system", "user", "assistant")
@@ -65,21 +65,22 @@ class Chat(TextTask[ChatSpec]):
 
         Raises:
             DataError: as `check`.
-            ModelError: there is no chat template, or one that rewrites what was said before.
+            ConfigError: there is no chat template.
+            ModelError: the chat template rewrites what was said before.
         """
         self.check(rows)
         writer = self._decoder(reader)
         most = min(self.spec.max_length, writer.max_length)
         examples, queries, num_cut = [], [], 0
         for index, messages in enumerate(self._conversations(rows)):
-            ids, labels = self._encoded(messages, writer)
+            last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
+            ids, labels = self._encoded(messages[: last + 1], writer, rows.where(index))
             num_cut += len(ids) > most
             kept = self._kept(len(ids), most)
             # No token predicts the first one.
             examples.append(TextExample(index, ids[kept], [IGNORED, *labels[kept][1:]]))
-            last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
-            query = self._query(index, messages[:last], writer)
-            queries.append(Query(index, query.text, query.input_ids, [messages[last]["content"].strip()]))
+            query, _ = self._query(index, messages[:last], writer, rows.where(index))
+            queries.append(replace(query, references=[messages[last]["content"].strip()]))
         return EncodedTexts(
             examples=examples,
             num_truncated=num_cut,
@@ -91,11 +92,11 @@ class Chat(TextTask[ChatSpec]):
     def encode_queries(self, rows: Rows, reader: Reader) -> tuple[list[Query], int]:
         """(a query for each conversation, how many were cut); a last turn of the assistant's is left out."""
         writer = self._decoder(reader)
-        queries = []
+        found = []
         for index, messages in enumerate(self._conversations(rows)):
             asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-            queries.append(self._query(index, asked, writer))
-        return queries, sum(query.num_tokens == self._room(writer) for query in queries)
+            found.append(self._query(index, asked, writer, rows.where(index)))
+        return [query for query, _ in found], sum(was_cut for _, was_cut in found)
 
     def row_of(self, text: str) -> dict[str, Any]:
         """The row that a person means who types only a text."""
@@ -107,59 +108,68 @@ class Chat(TextTask[ChatSpec]):
             raise ConfigError("task", self.spec.name, "conversations need a decoder, such as model=smollm2-135m")
         return writer
 
-    def _encoded(self, messages: Sequence[Message], writer: Writer) -> tuple[list[int], list[int]]:
-        """Token ids and labels of a whole conversation; after the last answer comes nothing but its end mark."""
+    def _encoded(self, messages: Sequence[Message], writer: Writer, where: str) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a conversation that the assistant ends; of what it says, its end mark is the last."""
+        pieces = writer.rendered(self._pieces(messages, writer, where))
+        ids, labels = list(self._before(writer)), [IGNORED] * len(self._before(writer))
+        for number, found in enumerate(pieces):
+            said = 0
+            if number % 2 == 1:
+                said = len(found) - found[::-1].index(writer.eos) if writer.eos in found else len(found)
+                if number == len(pieces) - 1:
+                    found = found[:said] if writer.eos in found else [*found, writer.eos]
+                    said = len(found)
+            ids += found
+            labels += [*found[:said], *[IGNORED] * (len(found) - said)]
+        return ids, labels
+
+    def _query(self, index: int, messages: Sequence[Message], writer: Writer, where: str) -> tuple[Query, bool]:
+        """The tokens that stand before an answer in training too, and whether they were cut."""
+        texts = self._pieces(messages, writer, where)
+        ids = [*self._before(writer), *(token for piece in writer.rendered(texts) for token in piece)]
+        room = writer.budget(self.spec.max_length, {"task.decode.max_new_tokens": self.spec.decode.max_new_tokens})
+        return Query(index, writer.unguarded("".join(texts)), ids[self._kept(len(ids), room)]), len(ids) > room
+
+    def _pieces(self, messages: Sequence[Message], writer: Writer, where: str) -> list[str]:
+        """The rendered conversation, in turn what comes before an answer and an answer; the last may be yet to come."""
         texts: list[str] = []
         said = ""
-        for place, message in enumerate(messages):
-            if message["role"] != "assistant":
+        for place in range(len(messages) + 1):
+            is_answer = place < len(messages) and messages[place]["role"] == "assistant"
+            is_asked = place == len(messages) and messages[-1]["role"] != "assistant"
+            if not is_answer and not is_asked:
                 continue
-            asked, answered = (
-                self._rendered(messages[:place], writer, ask=True),
-                self._rendered(messages[: place + 1], writer),
-            )
+            asked = self._rendered(messages[:place], writer, where, ask=True)
+            answered = self._rendered(messages[: place + 1], writer, where) if is_answer else asked
             if not (asked.startswith(said) and answered.startswith(asked)):
                 what = "its chat template rewrites earlier turns, so they cannot be learnt as they will be read"
                 raise ModelError(f"{type(writer.tokenizer).__name__}: {what}; task.template=chatml does not")
-            texts += [asked[len(said) :], answered[len(asked) :]]
+            texts += [asked[len(said) :], answered[len(asked) :]] if is_answer else [asked[len(said) :]]
             said = answered
-        ids: list[int] = []
-        labels: list[int] = []
-        for number, found in enumerate(writer.rendered(texts)):
-            is_answer = number % 2 == 1
-            end = len(found) - found[::-1].index(writer.eos) if is_answer and writer.eos in found else len(found)
-            if is_answer and number == len(texts) - 1:
-                found = found[:end] if writer.eos in found else [*found, writer.eos]
-                end = len(found)
-            ids += found
-            labels += [*found[:end], *[IGNORED] * (len(found) - end)] if is_answer else [IGNORED] * len(found)
-        return ids, labels
+        return texts
 
-    def _query(self, index: int, messages: Sequence[Message], writer: Writer) -> Query:
-        text = self._rendered(messages, writer, ask=True)
-        (ids,) = writer.rendered([text])
-        return Query(index, text, ids[self._kept(len(ids), self._room(writer))])
-
-    def _room(self, writer: Writer) -> int:
-        return writer.budget(self.spec.max_length, self.spec.decode.max_new_tokens)
+    def _before(self, writer: Writer) -> list[int]:
+        """The mark that begins a text: a tokenizer's own template writes it, where it is wanted."""
+        return [] if TEMPLATES[self.spec.template] is None else writer.before
 
     def _kept(self, length: int, most: int) -> slice:
         return slice(0, most) if self.spec.truncate == "right" else slice(max(0, length - most), length)
 
-    def _rendered(self, messages: Sequence[Message], writer: Writer, *, ask: bool = False) -> str:
+    def _rendered(self, messages: Sequence[Message], writer: Writer, where: str, *, ask: bool = False) -> str:
         template = TEMPLATES[self.spec.template]
         if template is None and not getattr(writer.tokenizer, "chat_template", None):
             raise ConfigError("task.template", "tokenizer", "this model's tokenizer has none: chatml or plain")
+        guarded = [{**message, "content": writer.guarded(message["content"])} for message in messages]
         try:
             return str(
                 writer.tokenizer.apply_chat_template(
-                    list(messages), chat_template=template, tokenize=False, add_generation_prompt=ask
+                    guarded, chat_template=template, tokenize=False, add_generation_prompt=ask
                 )
             )
         except Exception as error:
             # Templates are programs of their authors, which raise what they like: roles out of turn, for one.
             reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__, 120)
-            raise ModelError(f"the chat template refuses a conversation: {reason}") from error
+            raise DataError(where, f"the chat template refuses the conversation: {reason}") from error
 
     def _conversations(self, rows: Rows) -> list[list[Message]]:
         return [self._messages(row, rows.where(index)) for index, row in enumerate(rows)]
@@ -181,4 +191,6 @@ class Chat(TextTask[ChatSpec]):
             if not isinstance(content, str):
                 raise DataError(where, f"a turn of the {role} holds {type(content).__name__}, not text")
             messages.append({"role": str(role), "content": clean(content)})
+        if messages[0]["role"] == "assistant":
+            raise DataError(where, "the assistant speaks first; templates want a turn of the user or system before")
         return messages

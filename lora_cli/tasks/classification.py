@@ -152,6 +152,11 @@ class Classification:
             return F.mse_loss(scores, labels, reduction="sum")
         return F.cross_entropy(scores, labels, reduction="sum")
 
+    def decisions(self, logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """float32 logits of what is decided, a row each: (rows, labels), or (rows, 1) for regression."""
+        scores = self._scores(logits)
+        return scores.unsqueeze(-1) if self.spec.regression else scores
+
     def scorer(self) -> Scorer:
         """A fresh, empty one."""
         return Scorer(self.spec.metrics, self.labels, decide=self._decide, loss=self.loss)

@@ -19,6 +19,7 @@ from lora_cli.tasks.sequences import (
     Writer,
     collate,
     collate_packed,
+    learnt,
 )
 from lora_cli.tasks.text_scoring import TextScorer
 
@@ -76,11 +77,15 @@ class TextTask(Generic[SpecT]):
 
     def loss(self, logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Sum over the batch's targets, in float32, of the cross-entropy with task.label_smoothing."""
-        return _token_losses(logits, batch, self.spec.label_smoothing)
+        return _loss(logits, batch, self.spec.label_smoothing)
+
+    def decisions(self, logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """float32 logits of what is decided, a row each: (targets, vocabulary)."""
+        return learnt(logits, batch)[0].float()
 
     def scorer(self) -> TextScorer:
         """A fresh, empty one; it counts without label smoothing."""
-        return TextScorer(self.spec.metrics, loss=lambda logits, batch: _token_losses(logits, batch, 0.0))
+        return TextScorer(self.spec.metrics, loss=lambda logits, batch: _loss(logits, batch, 0.0))
 
     def _writer(self, reader: Reader) -> Writer:
         writer = Writer(reader.tokenizer, reader.decoder_start)
@@ -133,8 +138,7 @@ class Generation(TextTask[GenerationSpec]):
             raise ConfigError("task.loss_on", "all", "only with a decoder: an encoder-decoder reads its prompt at once")
         pairs = self._pairs(rows)
         prompts = list(dict.fromkeys(prompt for prompt, _, _ in pairs))
-        budget = writer.budget(spec.max_length, spec.max_target_length)
-        found, cut = writer.prompts(prompts, budget, spec.truncate)
+        found, cut = writer.prompts(prompts, self._budget(writer), spec.truncate)
         ids, was_cut = dict(zip(prompts, found, strict=True)), dict(zip(prompts, cut, strict=True))
         answers = [(prompt, answer) for prompt, texts, _ in pairs for answer in texts]
         targets, cut_targets = writer.targets([answer for _, answer in answers], spec.max_target_length)
@@ -155,8 +159,7 @@ class Generation(TextTask[GenerationSpec]):
         """(a query for each row, how many were cut): for prediction, where no row has to have an answer."""
         spec, writer = self.spec, self._writer(reader)
         prompts = self._prompts(reformatted(rows, spec.format))
-        budget = writer.budget(spec.max_length, spec.decode.max_new_tokens)
-        found, cut = writer.prompts(prompts, budget, spec.truncate)
+        found, cut = writer.prompts(prompts, self._budget(writer), spec.truncate)
         pairs = zip(prompts, found, strict=True)
         return [Query(index, prompt.text, ids) for index, (prompt, ids) in enumerate(pairs)], sum(cut)
 
@@ -169,25 +172,27 @@ class Generation(TextTask[GenerationSpec]):
             return TextExample(index, prompt, target, writer.decoder_start)
         # No token predicts the first one.
         before = [IGNORED, *prompt[1:]] if self.spec.loss_on == "all" else [IGNORED] * len(prompt)
-        labels = [*before, *target] if prompt else [IGNORED, *target[1:]]
-        return TextExample(index, [*prompt, *target], labels)
+        return TextExample(index, [*prompt, *target], [*before, *target])
+
+    def _budget(self, writer: Writer) -> int:
+        """Tokens that a prompt may have: the same in training as for prediction."""
+        spec = self.spec
+        answers = {"task.max_target_length": spec.max_target_length}
+        return writer.budget(spec.max_length, answers | {"task.decode.max_new_tokens": spec.decode.max_new_tokens})
 
     def _pairs(self, rows: Rows) -> list[tuple[Prompt, list[str], str | None]]:
         """(prompt, answers, group) of each row."""
         made = reformatted(rows, self.spec.format)
+        _check_columns(made, self._prompt.columns, "task.prompt")
+        _check_columns(made, self._target.columns, "task.target")
         prompts = self._prompts(made)
-        for column in self._target.columns:
-            if column not in made.columns:
-                raise unknown(rows.source or rows.where(0), "column (task.target)", column, made.columns)
         pairs = []
         for index, (row, prompt) in enumerate(zip(made, prompts, strict=True)):
             pairs.append((prompt, self._answers(row, rows.where(index)), self._group(row, rows.where(index))))
         return pairs
 
     def _prompts(self, rows: Rows) -> list[Prompt]:
-        for column in self._prompt.required:
-            if column not in rows.columns:
-                raise unknown(rows.source or rows.where(0), "column (task.prompt)", column, rows.columns)
+        _check_columns(rows, self._prompt.required, "task.prompt")
         return [self._prompt.render(row, rows.where(index)) for index, row in enumerate(rows)]
 
     def _answers(self, row: Mapping[str, Any], where: str) -> list[str]:
@@ -208,6 +213,12 @@ class Generation(TextTask[GenerationSpec]):
         return clean(str(row[self.spec.group]))
 
 
+def _check_columns(rows: Rows, columns: Sequence[str], key: str) -> None:
+    for column in columns:
+        if column not in rows.columns:
+            raise unknown(rows.source or rows.where(0), f"column ({key})", column, rows.columns)
+
+
 def _queries(pairs: Sequence[tuple[Prompt, list[str], str | None]], ids: Mapping[Prompt, list[int]]) -> list[Query]:
     queries: dict[Prompt, Query] = {}
     for prompt, answers, group in pairs:
@@ -217,11 +228,8 @@ def _queries(pairs: Sequence[tuple[Prompt, list[str], str | None]], ids: Mapping
     return list(queries.values())
 
 
-def _token_losses(logits: torch.Tensor, batch: Mapping[str, torch.Tensor], smoothing: float) -> torch.Tensor:
+def _loss(logits: torch.Tensor, batch: Mapping[str, torch.Tensor], smoothing: float) -> torch.Tensor:
     import torch.nn.functional as F  # noqa: N812
 
-    labels = batch["labels"]
-    if "decoder_input_ids" not in batch:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    learnt = labels != IGNORED
-    return F.cross_entropy(logits[learnt].float(), labels[learnt], reduction="sum", label_smoothing=smoothing)
+    found, targets = learnt(logits, batch)
+    return F.cross_entropy(found.float(), targets, reduction="sum", label_smoothing=smoothing)

@@ -8,7 +8,7 @@ from lora_cli.errors import ConfigError, printable
 from lora_cli.spec import LanguageModelingSpec
 from lora_cli.tasks.encoding import Reader
 from lora_cli.tasks.generation import TextTask
-from lora_cli.tasks.prompts import Prompt, Template
+from lora_cli.tasks.prompts import Prompt, cell_text
 from lora_cli.tasks.rows import Rows
 from lora_cli.tasks.sequences import IGNORED, EncodedTexts, Query, TextExample, Writer
 
@@ -64,7 +64,7 @@ class LanguageModeling(TextTask[LanguageModelingSpec]):
     def encode_queries(self, rows: Rows, reader: Reader) -> tuple[list[Query], int]:
         """(a query for each text, to be continued; how many were cut)."""
         writer, texts = self._decoder(reader), self._texts(rows)
-        budget = writer.budget(self.spec.max_length, self.spec.decode.max_new_tokens)
+        budget = writer.budget(self.spec.max_length, {"task.decode.max_new_tokens": self.spec.decode.max_new_tokens})
         found, cut = writer.prompts(texts, budget, self.spec.truncate)
         pairs = zip(texts, found, strict=True)
         return [Query(index, prompt.text, ids) for index, (prompt, ids) in enumerate(pairs)], sum(cut)
@@ -80,5 +80,5 @@ class LanguageModeling(TextTask[LanguageModelingSpec]):
         return writer
 
     def _texts(self, rows: Rows) -> list[Prompt]:
-        template = Template("{" + self.spec.text + "}", "task.text")
-        return [template.render(row, rows.where(index)) for index, row in enumerate(rows)]
+        texts = [cell_text(row, self.spec.text, "task.text", rows.where(index)) for index, row in enumerate(rows)]
+        return [Prompt(text, ((0, len(text)),)) for text in texts]

@@ -11,7 +11,7 @@ from lora_cli.errors import DataError, printable
 from lora_cli.tasks.rows import Rows, unknown
 from lora_cli.tasks.text import linearise_dart, linearise_e2e, linearise_webnlg, webnlg_group
 
-__all__ = ["FORMATS", "Prompt", "Template", "clean", "reformatted"]
+__all__ = ["FORMATS", "Prompt", "Template", "cell_text", "clean", "reformatted"]
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _OPTIONAL = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
@@ -74,21 +74,27 @@ class Template:
             end = 0
             for match in _FIELD.finditer(part):
                 text += part[end : match.start()]
-                cell = self._cell(row, match[1], where)
+                cell = cell_text(row, match[1], self._key, where)
                 cells.append((len(text), len(text) + len(cell)))
                 text += cell
                 end = match.end()
             text += part[end:]
         return Prompt(text, tuple(cells), self._ends)
 
-    def _cell(self, row: Mapping[str, Any], column: str, where: str) -> str:
-        if column not in row:
-            raise unknown(where, f"column ({self._key})", column, row)
-        cell = row[column]
-        if not isinstance(cell, str):
-            kind = "null" if cell is None else type(cell).__name__
-            raise DataError(where, f"column '{printable(column, 40)}' holds {kind}, not text")
-        return clean(cell)
+
+def cell_text(row: Mapping[str, Any], column: str, key: str, where: str) -> str:
+    """The text in `column`, which the config key `key` names.
+
+    Raises:
+        DataError: the cell is missing, or no text; names `where`.
+    """
+    if column not in row:
+        raise unknown(where, f"column ({key})", column, row)
+    cell = row[column]
+    if not isinstance(cell, str):
+        kind = "null" if cell is None else type(cell).__name__
+        raise DataError(where, f"column '{printable(column, 40)}' holds {kind}, not text")
+    return clean(cell)
 
 
 def clean(text: str) -> str:

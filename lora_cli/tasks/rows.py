@@ -9,13 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import DataError, nearest, printable
+from lora_cli.errors import DataError, listed, nearest, printable
 from lora_cli.tasks.files import read_records, read_stdin, separator, shown
 
 __all__ = ["Rows", "overlap", "read_file", "repeats", "stream", "unknown"]
 
-_MAX_NAMES = 12
-_MAX_MESSAGE = 290
+_MAX_MESSAGE = 275
 
 
 class Rows:
@@ -128,10 +127,7 @@ def unknown(where: object, what: str, name: object, options: Iterable[str]) -> D
     near = nearest(str(name), names)
     hint = f" Did you mean '{printable(near, 40)}'?" if near else ""
     problem = f"no {what} '{printable(name, 40)}'.{hint} There are: "
-    listed = ", ".join(printable(option, 40) for option in names[:_MAX_NAMES]) or "none"
-    rest = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    room = max(40, _MAX_MESSAGE - len(str(where)) - len(problem) - len(rest))
-    return DataError(where, f"{problem}{printable(listed, room)}{rest}")
+    return DataError(where, problem + listed(names, max(40, _MAX_MESSAGE - len(str(where)) - len(problem))))
 
 
 def _key(row: dict[str, Any], columns: Sequence[str]) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,12 @@ from lora_cli.tasks.prompts import Prompt
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["IGNORED", "EncodedTexts", "Query", "TextExample", "Writer", "collate", "collate_packed"]
+__all__ = ["IGNORED", "EncodedTexts", "Query", "TextExample", "Writer", "collate", "collate_packed", "learnt"]
 
 IGNORED = -100
 """Label of a position that is not learnt. Positions are masked by place: a pad or end mark inside a text is a token."""
+_STAND_INS = 0x10F000
+"""First of the characters, of a plane for private use, that stand for a special token's text in a conversation."""
 _CHARACTERS_PER_TOKEN = 50
 """Cells beyond this many characters per token that fits are dropped before tokenizing, and counted as truncated."""
 
@@ -92,35 +95,45 @@ class Writer:
         self.max_length = int(tokenizer.model_max_length)
         bare, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
         start = next(k for k in range(len(whole)) if whole[k : k + len(bare)] == bare)
-        self._before, self._after = whole[:start], whole[start + len(bare) :]
+        self.before, self._after = whole[:start], whole[start + len(bare) :]
+        self._first = self.eos if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+        special = {text.content: id_ for id_, text in tokenizer.added_tokens_decoder.items() if text.special}
+        self._stand_ins = {text: chr(_STAND_INS + number) for number, text in enumerate(special)}
+        self._letters = {
+            id_: list(filter(None, tokenizer.convert_tokens_to_ids(list(text))))
+            for text, id_ in special.items()
+            if id_ != tokenizer.unk_token_id
+        }
 
-    def budget(self, max_length: int, reserved: int) -> int:
-        """Tokens that a prompt may have beside `reserved` ones of an answer.
+    def budget(self, max_length: int, answers: Mapping[str, int]) -> int:
+        """Tokens that a prompt may have beside the longest answer; `answers` are its possible lengths by config key.
 
         Raises:
-            ConfigError: the model's positions leave no room for it.
+            ConfigError: the model's positions leave no room for both.
         """
-        room = self.max_length - (reserved if self.decoder_start is None else 0)
-        if room < 1:
+        key, longest = max(answers.items(), key=lambda item: item[1])
+        # An encoder-decoder counts the positions of its answer for themselves.
+        reserved = len(self.before) + 2 if self.decoder_start is None else 0
+        if longest + reserved > self.max_length:
             raise ConfigError(
-                "task.max_target_length",
-                reserved,
-                f"at most {self.max_length - 1}: the model has {self.max_length} positions",
+                key, longest, f"at most {self.max_length - reserved}: the model has {self.max_length} positions"
             )
-        return min(max_length, room)
+        return min(max_length, self.max_length - (longest if self.decoder_start is None else 0))
 
     def prompts(self, prompts: Sequence[Prompt], budget: int, side: str) -> tuple[list[list[int]], list[bool]]:
-        """(token ids, whether it was cut) of each prompt: the longest of its cells is cut at `side`, the template last."""
+        """(token ids, whether it was cut) of each prompt: its longest cell is cut at `side`, the template last."""
         clipped = [_clipped(prompt, budget * _CHARACTERS_PER_TOKEN, side) for prompt in prompts]
         encoded = self._tokenized([prompt.text for prompt in clipped], offsets=True)
         # What follows a text of an encoder would end a decoder's before its answer.
         after = self._after if self.decoder_start is not None else []
+        before = self.before
         found, cuts = [], []
         rows = zip(prompts, clipped, encoded["input_ids"], encoded["offset_mapping"], strict=True)
         for prompt, shorter, ids, offsets in rows:
-            end = [*([self.eos] if prompt.ends else []), *after]
-            kept = _fitted(offsets, shorter.cells, budget - len(self._before) - len(end), side)
-            found.append([*self._before, *(ids[position] for position in kept), *end])
+            end = [self.eos, *after] if prompt.ends and self.eos not in after else after
+            kept = _fitted(offsets, shorter.cells, budget - len(before) - len(end), side)
+            # An answer has to follow something.
+            found.append([*before, *(ids[position] for position in kept), *end] or [self._first])
             cuts.append(len(kept) < len(ids) or shorter is not prompt)
         return found, cuts
 
@@ -129,29 +142,54 @@ class Writer:
         limit = most * _CHARACTERS_PER_TOKEN
         encoded = self._tokenized([text[:limit] for text in texts])["input_ids"]
         # BART's answers begin as its texts do.
-        before = self._before if self.decoder_start is not None else []
+        before = self.before if self.decoder_start is not None else []
         room = most - len(before) - 1
         ids = [[*before, *found[:room], self.eos] for found in encoded]
         return ids, [len(found) > room or len(text) > limit for found, text in zip(encoded, texts, strict=True)]
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, with the mark that begins a text, if the model has one, and the one that ends it."""
-        return [[*self._before, *ids, self.eos] for ids in self._tokenized(texts)["input_ids"]]
+        return [[*self.before, *ids, self.eos] for ids in self._tokenized(texts)["input_ids"]]
+
+    def guarded(self, text: str) -> str:
+        """What somebody wrote, for a chat template: one character stands for what would read as a special token."""
+        return _replaced(text, self._stand_ins)
+
+    def unguarded(self, text: str) -> str:
+        """The inverse of `guarded`."""
+        return _replaced(text, {character: special for special, character in self._stand_ins.items()})
 
     def rendered(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts from a chat template: special tokens in them are meant."""
-        return list(self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"])
+        """Token ids of texts from a chat template: special tokens in them are meant, guarded ones are text."""
+        marks = "".join(self._stand_ins.values())
+        # In turn a part of the template, to be read with its special tokens, and a guarded one (or none).
+        parted = [re.split(f"([{marks}]+)", text) if marks else [text] for text in texts]
+        meant = self.tokenizer(
+            [part for parts in parted for part in parts[::2]], add_special_tokens=False, return_attention_mask=False
+        )["input_ids"]
+        plain = self._tokenized([self.unguarded(part) for parts in parted for part in parts[1::2]])["input_ids"]
+        sources = iter(meant), iter(plain)
+        return [[token for number in range(len(parts)) for token in next(sources[number % 2])] for parts in parted]
 
     def _tokenized(self, texts: Sequence[str], *, offsets: bool = False) -> Any:
         if not texts:
             return {"input_ids": [], "offset_mapping": []}
-        return self.tokenizer(
+        encoded = self.tokenizer(
             list(texts),
             add_special_tokens=False,
             split_special_tokens=True,
             return_attention_mask=False,
             return_offsets_mapping=offsets,
         )
+        for row, ids in enumerate(encoded["input_ids"]):
+            # Special tokens are words to T5's model too, and found in a text: they are spelled out instead.
+            if not self._letters.keys().isdisjoint(ids):
+                spelled = [self._letters.get(token, [token]) for token in ids]
+                encoded["input_ids"][row] = [token for tokens in spelled for token in tokens]
+                if offsets:
+                    spans = zip(spelled, encoded["offset_mapping"][row], strict=True)
+                    encoded["offset_mapping"][row] = [span for tokens, span in spans for _ in tokens]
+        return encoded
 
 
 def collate(examples: Sequence[TextExample], pad: int) -> dict[str, torch.Tensor]:
@@ -176,7 +214,8 @@ def collate_packed(examples: Sequence[TextExample], pad: int) -> dict[str, torch
     """The same examples laid end to end in as few rows as the longest one allows; of decoders only.
 
     Shapes: input_ids, labels, position_ids (rows, longest row). Positions start again at 0 with every example (and
-    with the padding), from which transformers makes a block-diagonal mask when it is given no attention_mask.
+    with the padding), from which transformers makes a block-diagonal mask when it is given no attention_mask and
+    keeps no cache.
     """
     import torch
 
@@ -201,6 +240,25 @@ def collate_packed(examples: Sequence[TextExample], pad: int) -> dict[str, torch
         "labels": torch.tensor(labels),
         "position_ids": torch.tensor(positions),
     }
+
+
+def learnt(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits, labels) of the targets of a batch, row by row.
+
+    Shapes: logits (N, T, vocabulary) → (targets, vocabulary) and (targets,).
+    """
+    labels = batch["labels"]
+    if "decoder_input_ids" not in batch:
+        # A decoder's token predicts the next one; an encoder-decoder's inputs are shifted already.
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    chosen = labels != IGNORED
+    return logits[chosen], labels[chosen]
+
+
+def _replaced(text: str, table: Mapping[str, str]) -> str:
+    # The longest first: one special token's text may begin with another's.
+    pattern = "|".join(map(re.escape, sorted(table, key=len, reverse=True)))
+    return re.sub(pattern, lambda match: table[match[0]], text) if pattern else text
 
 
 def _padded(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:

@@ -82,7 +82,7 @@ class TextScorer:
             found["perplexity"] = perplexity(self._nll, self._num_targets), None
         except Undefined as reason:
             found["perplexity"] = None, str(reason)
-        found["loss"] = self._nll / max(1, self._num_targets), None
+        found["loss"] = (self._nll / self._num_targets, None) if self._num_targets else (None, "no tokens")
         return found
 
 

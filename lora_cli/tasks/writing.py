@@ -15,6 +15,8 @@ __all__ = ["check_format", "write_rows"]
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\0")
 """First characters that make a spreadsheet run a cell as a formula (OWASP, CWE-1236)."""
+_HALVES = "backslashreplace"
+"""Half of a character pair, which JSON can hold but UTF-8 cannot, stays as JSON writes it."""
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -41,18 +43,18 @@ def check_format(path: Path) -> None:
 
 
 def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors=_HALVES) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with path.open("w", encoding="utf-8", errors=_HALVES, newline="") as file:
         writer: csv.DictWriter[str] | None = None
         for row in map(_flat, rows):
             if writer is None:
                 writer = csv.DictWriter(file, list(row))
                 writer.writeheader()
-            writer.writerow({name: _defused(cell) for name, cell in row.items()})
+            writer.writerow({name: _cell(value) for name, value in row.items()})
 
 
 def _write_parquet(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -75,5 +77,8 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     return flat | {f"p({label})": value for label, value in row.get("probabilities", {}).items()}
 
 
-def _defused(cell: Any) -> Any:
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
+def _cell(value: Any) -> Any:
+    """A value as a cell of CSV: what is no text or number as JSON, a formula defused."""
+    if isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False)
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value

@@ -84,7 +84,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, lora) -> dict[str, obj
 def test_a_killed_training_resumes_and_an_interrupted_one_says_one_line(interrupted) -> None:
     assert interrupted["codes"] == [-signal.SIGKILL, 130, 0], interrupted
     assert 0 < interrupted["steps"][0] < 36 <= interrupted["steps"][1] + 36 < 108
-    assert interrupted["status"] == "failed"
+    assert interrupted["status"] == "interrupted"
     assert interrupted["err"].splitlines()[-1].endswith("interrupted")
     assert "Traceback" not in interrupted["err"]
     assert "from step" in interrupted["last"]

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from conftest import check_refusal
 
 TINY = "model=tiny-bert"

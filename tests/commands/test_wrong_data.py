@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from conftest import check_refusal
 
 WORDS = ("train", "model=tiny-bert", "task=text_classification", "task.data.train=a/train", "train.max_steps=1")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_cli.disk import atomic_folder
 from lora_cli.engine import checkpoint as checkpoints
 from lora_cli.engine.checkpoint import Checkpoint, Progress
 from lora_cli.errors import RunError
-from lora_cli.runs.directory import atomic_folder
 
 IDENTITY = {"configuration": "c", "data": "d", "base model": "b"}
 
@@ -91,6 +93,26 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, changed: str)
     make(tmp_path, 1)
     with pytest.raises(RunError, match=f"the {changed} changed"):
         checkpoints.load_newest(tmp_path, identity=IDENTITY | {changed: "other"})
+
+
+def test_what_changed_is_told_with_both_values_if_they_are_words(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    with pytest.raises(RunError, match=r"the device \(None, now cpu, 2 threads\) changed"):
+        checkpoints.load_newest(tmp_path, identity=IDENTITY | {"device": "cpu, 2 threads"})
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"identity": []}, {"identity": IDENTITY, "progress": {"steps": 1}, "scaler": {}}]
+)
+def test_a_whole_checkpoint_that_says_something_else_is_refused(state: dict, tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    folder = tmp_path / "step-000001"
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["state.json"] = hashlib.sha256((folder / "state.json").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match="not a checkpoint of this version"):
+        checkpoints.load_newest(tmp_path, identity=IDENTITY)
 
 
 def test_an_optimizer_goes_on_as_if_nothing_had_happened() -> None:

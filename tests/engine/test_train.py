@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from engine.tiny import Bag, Item, Letters, items
 
+from engine.tiny import Bag, Item, Letters, items
 from lora_cli.engine.device import open_device
 from lora_cli.engine.evaluate import evaluate
 from lora_cli.engine.train import Objective, Outcome, train

@@ -279,7 +279,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "digits": (raw(lambda d: d.replace(b'"r": 2', b'"r": ' + b"9" * 9000), CONFIG), "not readable as JSON"),
     "twice": (raw(lambda d: d.replace(b'"r": 2', b'"r": 2, "r": 3'), CONFIG), "twice"),
     "not UTF-8": (raw(lambda d: b"\xff" + d, CONFIG), "not readable as JSON"),
-    "large": (raw(lambda d: b" " * 2**21, CONFIG), "at most 1048576"),
+    "large": (raw(lambda d: b" " * 2**21, CONFIG), "at most 1,048,576"),
     "newer": (raw(lambda d: d.replace(b'"format": 1', b'"format": 2'), "lora.json"), "format 2"),
     "facts": (raw(lambda d: b'{"format": 1, "extra": []}', "lora.json"), "extra"),
 }

@@ -15,6 +15,7 @@ from torch.nn import functional
 from lora_cli.errors import AdapterError
 from lora_cli.nn.fused import Placement
 from lora_cli.nn.layers import KINDS, LoraEmbedding, LoraLayer, LoraLinear, generator_for, kind_of
+from lora_cli.nn.targets import FULL
 from lora_cli.nn.variants import SCALINGS, VARIANTS
 from lora_cli.spec import SCALINGS as SCALING_NAMES
 from lora_cli.spec import VARIANTS as VARIANT_NAMES
@@ -125,7 +126,7 @@ def dense(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_tables_hold_the_names_of_the_spec() -> None:
-    assert tuple(VARIANTS) == VARIANT_NAMES
+    assert (*VARIANTS, FULL) == VARIANT_NAMES
     assert tuple(SCALINGS) == SCALING_NAMES
 
 

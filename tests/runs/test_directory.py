@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from lora_cli.config import to_plain
+from lora_cli.disk import write_atomic
 from lora_cli.errors import RunError
-from lora_cli.runs.directory import RunDirectory, read_json, read_saved_config, signature, write_atomic, write_json
+from lora_cli.runs.directory import RunDirectory, read_json, read_saved_config, signature, write_json
 from lora_cli.spec import ClassificationSpec, LoraSpec, ModelSpec, TrainRun, TrainSpec
 
 
@@ -49,7 +50,7 @@ def test_a_file_in_the_way_is_kept(scratch: Path) -> None:
 
 
 def test_the_signature_counts_what_changes_results_and_nothing_else() -> None:
-    same = [config(resume="auto"), config(train=TrainSpec(log_every=3))]
+    same = [config(resume="auto"), config(train=TrainSpec(log_every=3)), config(train=TrainSpec(save_every=7, keep=2))]
     other = [config(seed=1), config(lora=LoraSpec(r=4)), config(train=TrainSpec(eval_every=5))]
     assert {signature(c) for c in same} == {signature(config())}
     assert len({signature(c) for c in [config(), *other]}) == 4
@@ -58,9 +59,9 @@ def test_the_signature_counts_what_changes_results_and_nothing_else() -> None:
 def test_latest_points_to_the_last_finished_run(scratch: Path) -> None:
     first = RunDirectory.create(config(), directory=None, overrides=[])
     second = RunDirectory.create(config(seed=1), directory=None, overrides=[])
-    first.finish()
+    first.finish(data={}, metrics={})
     assert Path("runs/latest").resolve() == first.path.resolve()
-    second.finish()
+    second.finish(data={}, metrics={})
     assert Path("runs/latest").resolve() == second.path.resolve()
     assert second.facts()["status"] == "finished"
 
@@ -69,8 +70,8 @@ def test_metrics_are_cut_back_to_a_step_and_a_torn_line_goes(scratch: Path) -> N
     run = RunDirectory.create(config(), directory=None, overrides=[])
     for step in (1, 2, 3):
         run.append_metrics({"step": step, "train/loss": float("nan") if step == 1 else 0.5})
-    with (run.path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "tra')
+    with (run.path / "metrics.jsonl").open("ab") as file:
+        file.write(b'[1]\n{"step": "x"}\n{}\n{"step": 1, "\xc3')
     run.cut_metrics(2)
     rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{"step": 1, "train/loss": None}, {"step": 2, "train/loss": 0.5}]
@@ -128,3 +129,28 @@ def test_run_json_that_is_no_object_is_refused(scratch: Path, text: str) -> None
     Path("run.json").write_text(text)
     with pytest.raises(RunError, match=r"run\.json"):
         read_json(Path("run.json"))
+
+
+def test_a_path_that_leads_nowhere_from_here_is_taken_from_where_the_run_was_started(scratch, monkeypatch) -> None:
+    spec = config()
+    spec["model"]["path"], spec["task"]["data"]["train"], spec["task"]["data"]["test"] = "base", "train.csv", "gone.csv"
+    (scratch / "base").mkdir()
+    (scratch / "train.csv").touch()
+    path = RunDirectory.create(spec, directory=None, overrides=[]).path.resolve()
+    assert read_saved_config(path)["model"]["path"] == "base"
+    (scratch / "elsewhere").mkdir()
+    monkeypatch.chdir(scratch / "elsewhere")
+    saved = read_saved_config(path)
+    assert saved["model"]["path"] == str(scratch / "base")
+    assert saved["task"]["data"]["train"] == str(scratch / "train.csv")
+    assert saved["task"]["data"]["test"] == "gone.csv"
+    Path("train.csv").touch()
+    assert read_saved_config(path)["task"]["data"]["train"] == "train.csv"
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), "interrupted"), (ValueError("x"), "failed")])
+def test_how_a_run_stopped_is_in_its_status(error: BaseException, status: str, scratch: Path) -> None:
+    run = RunDirectory.create(config(), directory=None, overrides=[])
+    run.stopped(error)
+    assert run.facts()["status"] == status
+    assert type(error).__name__ in run.facts()["error"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from runs.test_directory import config
 
 from lora_cli.errors import RunError, UnknownName
 from lora_cli.runs.directory import RunDirectory
 from lora_cli.runs.registry import find_run, run_of
+from runs.test_directory import config
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from lora_cli.spec import ClassificationSpec, TaskSpec
 from lora_cli.tasks import build_task
 from lora_cli.tasks.classification import Classification
 from lora_cli.tasks.rows import Rows
+from tasks.readers import Reader
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d", "e"]
 PAD, UNK, CLS, SEP, A, B, C, D, E = range(9)
@@ -38,8 +39,8 @@ def build_tokenizer(**settings: Any) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return build_tokenizer(model_max_length=32)
+def reader() -> Reader:
+    return Reader(build_tokenizer(model_max_length=32))
 
 
 def task_of(**values: Any) -> Classification:
@@ -54,8 +55,8 @@ def texts(*values: Any, label: Any = "yes") -> Rows:
     return rows_of(*({"text": value, "label": label} for value in values))
 
 
-def test_a_text_becomes_tokens_and_a_label(tokenizer) -> None:
-    encoded = task_of().encode(texts("a b", "c"), tokenizer)
+def test_a_text_becomes_tokens_and_a_label(reader) -> None:
+    encoded = task_of().encode(texts("a b", "c"), reader)
     assert [example.input_ids for example in encoded.examples] == [([CLS, A, B, SEP],), ([CLS, C, SEP],)]
     assert [(example.index, example.label, example.num_tokens) for example in encoded.examples] == [
         (0, 1, 4),
@@ -64,34 +65,34 @@ def test_a_text_becomes_tokens_and_a_label(tokenizer) -> None:
     assert (encoded.num_tokens, encoded.num_truncated, encoded.num_empty) == (7, 0, 0)
 
 
-def test_a_pair_has_two_segments(tokenizer) -> None:
+def test_a_pair_has_two_segments(reader) -> None:
     task = task_of(text=["p", "q"])
-    (example,) = task.encode(rows_of({"p": "a", "q": "b c", "label": 0}), tokenizer).examples
+    (example,) = task.encode(rows_of({"p": "a", "q": "b c", "label": 0}), reader).examples
     assert example.input_ids == ([CLS, A, SEP, B, C, SEP],)
     assert example.token_type_ids == ([0, 0, 0, 1, 1, 1],)
 
 
 def test_tokens_have_no_segment_if_the_tokenizer_gives_none() -> None:
-    plain = build_tokenizer(model_input_names=["input_ids", "attention_mask"])
+    plain = Reader(build_tokenizer(model_input_names=["input_ids", "attention_mask"]))
     task = task_of()
     examples = task.encode(texts("a"), plain).examples
     assert examples[0].token_type_ids is None
     assert "token_type_ids" not in task.collate(examples)
 
 
-def test_a_template_reads_several_columns_and_is_no_program(tokenizer) -> None:
+def test_a_template_reads_several_columns_and_is_no_program(reader) -> None:
     task = task_of(text=["{word} {s1}", "s2"])
     assert task.columns == ("word", "s1", "s2")
     row = {"word": "a", "s1": "{s2} b", "s2": "c", "label": 1}
-    (example,) = task.encode(rows_of(row), tokenizer).examples
+    (example,) = task.encode(rows_of(row), reader).examples
     assert example.input_ids == ([CLS, A, UNK, UNK, UNK, B, SEP, C, SEP],)
     with pytest.raises(DataError, match=r"'word.__class__'"):
-        task_of(text=["{word.__class__}"]).encode(rows_of(row), tokenizer)
+        task_of(text=["{word.__class__}"]).encode(rows_of(row), reader)
 
 
-def test_each_candidate_answer_is_a_sequence_of_its_own(tokenizer) -> None:
+def test_each_candidate_answer_is_a_sequence_of_its_own(reader) -> None:
     task = task_of(text=["p", "question"], choices=["x", "y"], labels=None)
-    encoded = task.encode(rows_of({"p": "a", "question": "b", "x": "c", "y": "d e", "label": 1}), tokenizer)
+    encoded = task.encode(rows_of({"p": "a", "question": "b", "x": "c", "y": "d e", "label": 1}), reader)
     (example,) = encoded.examples
     assert example.input_ids == ([CLS, A, B, SEP, C, SEP], [CLS, A, B, SEP, D, E, SEP])
     assert (task.num_outputs, task.labels, example.label, example.num_tokens) == (1, ("x", "y"), 1, 7)
@@ -100,37 +101,37 @@ def test_each_candidate_answer_is_a_sequence_of_its_own(tokenizer) -> None:
 
 @pytest.mark.parametrize(("max_length", "model_max_length", "kept"), [(5, 32, 5), (128, 6, 6), (128, int(1e30), 22)])
 def test_no_text_is_longer_than_task_and_model_allow(max_length: int, model_max_length: int, kept: int) -> None:
-    tokenizer = build_tokenizer(model_max_length=model_max_length)
-    encoded = task_of(max_length=max_length).encode(texts("a " * 20, "a"), tokenizer)
+    reader = Reader(build_tokenizer(model_max_length=model_max_length))
+    encoded = task_of(max_length=max_length).encode(texts("a " * 20, "a"), reader)
     assert [example.num_tokens for example in encoded.examples] == [kept, 3]
     assert encoded.num_truncated == int(kept < 22)
 
 
-def test_the_longest_text_of_a_pair_is_cut_first(tokenizer) -> None:
+def test_the_longest_text_of_a_pair_is_cut_first(reader) -> None:
     task = task_of(text=["p", "q"], max_length=8)
-    (example,) = task.encode(rows_of({"p": "a b", "q": "c " * 9, "label": 1}), tokenizer).examples
+    (example,) = task.encode(rows_of({"p": "a b", "q": "c " * 9, "label": 1}), reader).examples
     assert example.input_ids == ([CLS, A, B, SEP, C, C, C, SEP],)
 
 
-def test_huge_texts_are_cut_soon_and_counted(tokenizer) -> None:
+def test_huge_texts_are_cut_soon_and_counted(reader) -> None:
     start = time.perf_counter()
     task = task_of(text=["p", "q"])
-    encoded = task.encode(rows_of({"p": "a " * 5_000_000, "q": "b" * 10_000_000, "label": 1}), tokenizer)
+    encoded = task.encode(rows_of({"p": "a " * 5_000_000, "q": "b" * 10_000_000, "label": 1}), reader)
     assert encoded.num_truncated == 1
     assert encoded.num_tokens == 32
     assert time.perf_counter() - start < 5
 
 
-def test_empty_texts_are_accepted_and_counted(tokenizer) -> None:
-    encoded = task_of().encode(texts("", " \t", "a"), tokenizer)
+def test_empty_texts_are_accepted_and_counted(reader) -> None:
+    encoded = task_of().encode(texts("", " \t", "a"), reader)
     assert encoded.num_empty == 2
     assert encoded.examples[0].input_ids == ([CLS, SEP],)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=[])), min_size=1, max_size=4))
-def test_any_text_json_can_hold_is_encoded(tokenizer, values) -> None:
-    encoded = task_of().encode(texts(*values, "\ud800 a \x1b[31m"), tokenizer)
+def test_any_text_json_can_hold_is_encoded(reader, values) -> None:
+    encoded = task_of().encode(texts(*values, "\ud800 a \x1b[31m"), reader)
     assert len(encoded.examples) == len(values) + 1
 
 
@@ -147,9 +148,9 @@ def test_any_text_json_can_hold_is_encoded(tokenizer, values) -> None:
         (texts("a", label=None), "is null"),
     ],
 )  # fmt: skip
-def test_a_row_that_cannot_be_used_is_named(tokenizer, rows: Rows, says: str) -> None:
+def test_a_row_that_cannot_be_used_is_named(reader, rows: Rows, says: str) -> None:
     with pytest.raises(DataError) as caught:
-        task_of().encode(rows, tokenizer)
+        task_of().encode(rows, reader)
     assert says in str(caught.value)
     assert len(str(caught.value)) <= 300
 
@@ -159,16 +160,16 @@ def test_a_slow_tokenizer_is_refused() -> None:
         is_fast, pad_token_id = False, 0
 
     with pytest.raises(ModelError, match="fast"):
-        task_of().encode(texts("a"), Slow())
+        task_of().encode(texts("a"), Reader(Slow()))
 
 
-def test_texts_without_label_are_encoded_the_same_way(tokenizer) -> None:
+def test_texts_without_label_are_encoded_the_same_way(reader) -> None:
     task = task_of()
-    (example,) = task.encode_texts([{"text": "a b"}], tokenizer).examples
-    assert example.input_ids == task.encode(texts("a b"), tokenizer).examples[0].input_ids
+    (example,) = task.encode_texts(rows_of({"text": "a b"}), reader).examples
+    assert example.input_ids == task.encode(texts("a b"), reader).examples[0].input_ids
     assert "labels" not in task.collate([example])
-    with pytest.raises(DataError, match="stdin row 1"):
-        task.encode_texts([{"text": None}], tokenizer, source="stdin")
+    with pytest.raises(DataError, match=r"data\.csv:1"):
+        task.encode_texts(rows_of({"text": None}), reader)
 
 
 def test_labels_are_taken_from_the_training_rows_unless_known() -> None:
@@ -205,7 +206,7 @@ def test_a_batch_is_padded_to_its_longest() -> None:
     tokenizer = build_tokenizer()
     tokenizer.pad_token = "e"
     task = task_of()
-    batch = task.collate(task.encode(texts("a b", "c"), tokenizer).examples)
+    batch = task.collate(task.encode(texts("a b", "c"), Reader(tokenizer)).examples)
     assert batch["input_ids"].tolist() == [[CLS, A, B, SEP], [CLS, C, SEP, E]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert batch["token_type_ids"].tolist() == [[0] * 4, [0] * 4]

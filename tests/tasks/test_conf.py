@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from lora_cli.spec import ClassificationSpec, DataSpec
+from lora_cli.spec import TASK_KINDS, ClassificationSpec, DataSpec, DecodeSpec, TaskSpec
 from lora_cli.tasks import build_task, load_splits
 
 FILES = sorted((Path(__file__).parents[2] / "conf" / "task").glob("*.yaml"))
-OWN_DATA = {"text_classification", "text_regression"}
+OWN_DATA = {"text_classification", "text_regression", "text_generation", "chat", "language_modeling"}
 MIRROR = os.environ.get("LORA_HUB_ROOT")
 MIRRORED = {
     "sst2": "validation", "cola": "validation", "mrpc": "validation", "qqp": "validation", "stsb": "validation",
@@ -23,15 +23,17 @@ MIRRORED = {
 }  # fmt: skip
 
 
-def values(path: Path) -> dict[str, Any]:
+def kind_and_values(path: Path) -> tuple[type[TaskSpec], dict[str, Any]]:
     content: dict[str, Any] = yaml.safe_load(path.read_text())
-    assert content.pop("defaults") == ["/schema/task/classification@_here_", "_self_"]
-    return content
+    schema, own = content.pop("defaults")
+    assert own == "_self_"
+    return TASK_KINDS[schema.removeprefix("/schema/task/").removesuffix("@_here_")], content
 
 
-def spec_of(path: Path) -> ClassificationSpec:
-    content = values(path)
-    return ClassificationSpec(**{**content, "data": DataSpec(**content.get("data", {}))})
+def spec_of(path: Path) -> TaskSpec:
+    kind, content = kind_and_values(path)
+    nested = {"data": DataSpec, "decode": DecodeSpec}
+    return kind(**content | {key: nested[key](**content[key]) for key in nested if key in content})
 
 
 def differs(default: object, value: object) -> bool:
@@ -44,14 +46,14 @@ def differs(default: object, value: object) -> bool:
 def test_a_task_file_is_a_valid_task_named_like_itself(path: Path) -> None:
     spec = spec_of(path)
     assert spec.name == path.stem
-    assert build_task(spec).primary_metric == spec.metrics[0]
+    assert build_task(spec).primary_metric == (spec.metrics[0] if isinstance(spec, ClassificationSpec) else "loss")
     assert (spec.data.hub is None and spec.data.embedded is None) == (path.stem in OWN_DATA)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_task_file_says_only_what_differs_from_the_defaults(path: Path) -> None:
-    default = ClassificationSpec()
-    assert all(differs(getattr(default, key), value) for key, value in values(path).items())
+    kind, content = kind_and_values(path)
+    assert all(differs(getattr(kind(), key), value) for key, value in content.items())
 
 
 @pytest.mark.mirror

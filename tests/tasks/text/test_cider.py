@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from tasks.text.corpora import PREDICTIONS, REFERENCES
 
 from lora_cli.tasks.metrics import Undefined
 from lora_cli.tasks.text.cider import cider
+from tasks.text.corpora import PREDICTIONS, REFERENCES
 
 
 def test_score_is_the_scripts():

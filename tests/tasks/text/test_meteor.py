@@ -9,11 +9,11 @@ from itertools import permutations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tasks.text.corpora import PREDICTIONS, REFERENCES
 
 from lora_cli.tasks.metrics import Undefined
 from lora_cli.tasks.text.meteor import _fewest_chunks, meteor_exact_stem
 from lora_cli.tasks.text.words import caption_words
+from tasks.text.corpora import PREDICTIONS, REFERENCES
 
 DISTINCT = ["serve", "serving", "riverside", "pubs", "family", "rated", "cheaply", "near"]
 

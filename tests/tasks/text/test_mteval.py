@@ -6,12 +6,12 @@ import math
 
 import pytest
 from hypothesis import given, settings
-from tasks.text.corpora import PREDICTIONS, REFERENCES, ROWS, Rows, split
 
 from lora_cli.tasks.metrics import Undefined
 from lora_cli.tasks.text.mteval import e2e_bleu, nist
 from lora_cli.tasks.text.translation import bleu
 from lora_cli.tasks.text.words import mteval_words
+from tasks.text.corpora import PREDICTIONS, REFERENCES, ROWS, Rows, split
 
 SINGLE = [targets[:1] for targets in REFERENCES]
 SHORT = (["Mill pub the", "cheap Spice"], [["the pub Mill"], ["Spice is cheap", "Spice"]])

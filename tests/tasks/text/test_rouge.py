@@ -9,10 +9,10 @@ from types import ModuleType
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tasks.text.corpora import PREDICTIONS, REFERENCES, ROWS, Rows, split
 
 from lora_cli.tasks.metrics import Undefined
 from lora_cli.tasks.text.rouge import e2e_rouge_l, rouge_1, rouge_2, rouge_l, rouge_lsum
+from tasks.text.corpora import PREDICTIONS, REFERENCES, ROWS, Rows, split
 
 OURS = {"rouge1": rouge_1, "rouge2": rouge_2, "rougeL": rouge_l, "rougeLsum": rouge_lsum}
 LINES = st.lists(st.lists(st.sampled_from("abcd"), max_size=6).map(" ".join), min_size=1, max_size=4).map("\n".join)

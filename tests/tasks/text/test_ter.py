@@ -7,10 +7,10 @@ from itertools import zip_longest
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tasks.text.corpora import PREDICTIONS, REFERENCES
 
 from lora_cli.tasks.metrics import Undefined
 from lora_cli.tasks.text.ter import ter
+from tasks.text.corpora import PREDICTIONS, REFERENCES
 
 LONG = "abcdefghijklabcabe"
 LETTERS = st.lists(st.sampled_from("abcdeF"), max_size=9).map(" ".join)

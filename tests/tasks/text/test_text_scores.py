@@ -10,10 +10,10 @@ import time
 
 import pytest
 from hypothesis import given, settings
-from tasks.text.corpora import PREDICTIONS, REFERENCES, ROWS, Rows, split
 
 from lora_cli.tasks.metrics import Undefined
 from lora_cli.tasks.text import DOWNWARDS, TEXT_METRICS, exact_match, perplexity, text_score
+from tasks.text.corpora import PREDICTIONS, REFERENCES, ROWS, Rows, split
 
 LONG = ["the mill is a cheap pub", "blue spice serves indian food by the river", "cotto is a coffee shop in town"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from tasks.text.corpora import PREDICTIONS, REFERENCES
 
 from lora_cli.tasks.text.mteval import e2e_bleu
 from lora_cli.tasks.text.translation import bleu, chrf
+from tasks.text.corpora import PREDICTIONS, REFERENCES
 
 DOG = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
 DOG_REFERENCES = [

@@ -1,0 +1,362 @@
+"""lora compare: methods and seeds in, a table and a plot of what each reaches and costs out.
+
+Every training is a `lora train` in a process of its own: an ordinary run, whose peak memory is nobody else's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from lora_cli.config import compose, group_flags, to_plain
+from lora_cli.disk import write_atomic
+from lora_cli.errors import ConfigError, TrainingFailure, UnknownName, UserError, printable
+from lora_cli.runs.comparison import (
+    Goal,
+    Spread,
+    Training,
+    comparison_folder,
+    find_training,
+    read_training,
+    spreads,
+    unequal,
+    write_comparison,
+)
+from lora_cli.runs.directory import RunDirectory, signature
+from lora_cli.runs.dot_plot import Panel, dot_plot
+from lora_cli.screen import Screen, count, duration, significant
+from lora_cli.spec import CompareRun, TrainRun
+from lora_cli.tasks import build_task, load_splits
+
+if TYPE_CHECKING:
+    from lora_cli.engine.memory import Footprint
+
+__all__ = ["run"]
+
+_SAME = ("epochs", "max_steps", "batch_size", "accumulation", "length_window", "packing", "patience", "data_seed")
+"""Keys of train.* that make the order of the data and the budget."""
+_FEW = 8
+"""Rows for the self-checks of a model that is only counted."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One training to come."""
+
+    method: str
+    seed: int
+    spec: TrainRun
+    words: tuple[str, ...]
+    """What `lora train` has to be told for it."""
+
+    @property
+    def signature(self) -> str:
+        return signature(to_plain(self.spec))
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}_seed{self.seed}_{self.signature}"
+
+
+def run(spec: CompareRun, *, directory: Path | None = None, overrides: Sequence[str] = ()) -> None:
+    """Train every method with every seed and compare them; with compare.train=false, only count.
+
+    Tables go to `directory`, or to a new folder under runs/, and the runs below it. A training that an earlier
+    comparison has finished is not repeated, one that was interrupted goes on.
+
+    Raises:
+        UserError: a method does not exist, or does not fit with the rest. Nothing has been trained then.
+        TrainingFailure: a training failed; the others are compared all the same.
+    """
+    screen = Screen()
+    jobs = _plan(spec, overrides)
+    folder = directory or comparison_folder(to_plain(spec), [job.signature for job in jobs])
+    if spec.compare.train:
+        _compare(spec, jobs, folder, screen, only_there=directory is not None)
+    else:
+        _count(spec, jobs, folder, screen)
+
+
+def _plan(spec: CompareRun, overrides: Sequence[str]) -> list[_Job]:
+    """All trainings, each method with the first seed before any with the second."""
+    shared, adapter = [], []
+    for word in overrides:
+        key, _, value = word.lstrip("+~").partition("=")
+        if key == "lora":
+            raise ConfigError("lora", value, f"name the methods: compare.methods=[{value}]")
+        if not key.startswith("compare."):
+            (adapter if key.startswith("lora.") else shared).append(word)
+    methods = {method: _composed(method, shared, adapter) for method in spec.compare.methods}
+    _check_same_budget({method: found for method, (found, _) in methods.items()})
+    return [
+        _Job(method, seed, dataclasses.replace(found, seed=seed), (*words, f"seed={seed}"))
+        for seed in spec.compare.seeds
+        for method, (found, words) in methods.items()
+    ]
+
+
+def _composed(method: str, shared: Sequence[str], adapter: Sequence[str]) -> tuple[TrainRun, tuple[str, ...]]:
+    """The training of a method and the words that make it. `adapter` is for methods that have one."""
+    words = [*shared, f"lora={method}", "resume=auto"]
+    try:
+        found: TrainRun = compose("train", words)
+        # full and head adapt nothing: lora.targets=[...] would make something else of them.
+        if adapter and found.lora.targets:
+            words += adapter
+            found = compose("train", words)
+    except UserError as error:
+        if isinstance(error, UnknownName) and error.key == "lora":
+            raise UnknownName("compare.methods", method, error.options, "method") from error
+        raise ConfigError("compare.methods", method, str(error)) from error
+    return found, tuple(words)
+
+
+def _check_same_budget(methods: Mapping[str, TrainRun]) -> None:
+    (first, known), *others = methods.items()
+    for method, found in others:
+        for name in _SAME:
+            ours, theirs = getattr(found.train, name), getattr(known.train, name)
+            if ours != theirs:
+                fault = f"its file sets train.{name}={ours}, {first} has {theirs}; all need the same data and budget"
+                raise ConfigError("compare.methods", method, fault)
+        if found.task != known.task:
+            raise ConfigError("compare.methods", method, f"its file sets another task.* than that of {first}")
+
+
+def _compare(spec: CompareRun, jobs: Sequence[_Job], folder: Path, screen: Screen, *, only_there: bool) -> None:
+    goal = Goal(spec.task.metrics[0], spec.task.split, spec.compare.target)
+    trainings = []
+    for number, job in enumerate(jobs, 1):
+        trainings.append(_train(job, goal, folder, f"{number}/{len(jobs)}", screen, only_there=only_there))
+    # The table in the order in which the methods were named.
+    found = spreads(sorted(trainings, key=lambda training: spec.compare.methods.index(training.method)))
+    failed = [training for training in trainings if training.error is not None]
+    differing = unequal(trainings)
+    _write(spec, goal, folder, trainings, found, differing)
+    if len(failed) < len(trainings):
+        screen.show(_table(spec, goal, found))
+        screen.line(_legend(goal, len(spec.compare.seeds)))
+        write_atomic(folder / "plot.svg", _plot(spec, goal, found))
+    screen.line(f"\n{folder}\ncompare.json, compare.csv" + (", plot.svg" if len(failed) < len(trainings) else ""))
+    for condition in differing:
+        screen.warning(f"the trainings differ in {condition}: memory and time are not comparable")
+    if failed:
+        what = f"{len(failed)} of {len(trainings)} trainings failed"
+        raise TrainingFailure(f"{what}, the first of them {failed[0].method}, seed {failed[0].seed}: {failed[0].error}")
+    if "rows or order" in differing:
+        raise TrainingFailure("trainings with the same seed saw other rows or another order: files changed meanwhile")
+
+
+def _train(job: _Job, goal: Goal, folder: Path, number: str, screen: Screen, *, only_there: bool) -> Training:
+    """Have one training done, or found done, and read what it reached."""
+    kept = find_training(job.signature, folder if only_there else None)
+    path = kept.path if kept else folder / job.name
+    reused = kept is not None and _is_finished(kept, job)
+    what = "found in" if reused else "goes on in" if kept else "in"
+    screen.fact(number, f"{job.method}, seed {job.seed}, {what} {path}")
+    if not reused:
+        path.mkdir(parents=True, exist_ok=True)
+        output = path / "output.txt"
+        code = _run_train([*group_flags(), *job.words, f"hydra.run.dir={path}"], output)
+        if code != 0:
+            error = _last_line(output) or f"exit code {code}"
+            screen.warning(f"{job.method}, seed {job.seed}, failed: {error}")
+            return Training(job.method, job.seed, str(path), error=error)
+    figures, conditions = read_training(RunDirectory(path), goal)
+    reached = f"{goal.metric} {significant(figures.get(goal.figure))}"
+    screen.fact("", f"{reached}, trained in {_time(figures['train_s'])}")
+    return Training(job.method, job.seed, str(path), figures, conditions, reused)
+
+
+def _is_finished(kept: RunDirectory, job: _Job) -> bool:
+    """Whether the run is done, on the very rows that there are now."""
+    facts = kept.facts()
+    if facts["status"] != "finished":
+        return False
+    task, seed = build_task(job.spec.task), job.spec.seed_for("data")
+    known = {split: part["fingerprint"] for split, part in facts["data"].items()}
+    rows = load_splits(job.spec.task.data, list(known), label=task.label, regression=task.regression, seed=seed)
+    return known == {split: found.fingerprint for split, found in rows.items()}
+
+
+def _run_train(words: Sequence[str], output: Path) -> int:
+    """`lora train` with these words in a process of its own; what it says goes to `output`."""
+    with output.open("a", encoding="utf-8") as file:
+        file.write(f"$ lora train {shlex.join(words)}\n")
+        file.flush()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lora_cli", "train", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            # Ctrl-C reaches it once, from here, and not from the terminal besides.
+            start_new_session=True,
+        )
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+
+
+def _last_line(output: Path) -> str:
+    text = output.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+    return printable(text.removeprefix("lora train: "), 250)
+
+
+def _count(spec: CompareRun, jobs: Sequence[_Job], folder: Path, screen: Screen) -> None:
+    """The view without training: what each method's training would hold in memory and leave on disk."""
+    from lora_cli.engine.memory import footprint
+    from lora_cli.experiment import Experiment
+
+    task = build_task(spec.task)
+    seed = jobs[0].spec.seed_for("data")
+    rows = load_splits(spec.task.data, ["train"], label=task.label, regression=task.regression, seed=seed)["train"]
+    task.fit_labels(rows)
+    few = {"train": rows.select(range(min(_FEW, len(rows))))}
+    found: dict[str, Footprint] = {}
+    for job in jobs[: len(spec.compare.methods)]:
+        found[job.method] = footprint(Experiment.build(job.spec, task, few).base.model)
+    tasks = spec.compare.tasks_stored
+    facts = {"task": spec.task.name, "model": spec.model.name, "tasks_stored": tasks}
+    table = [
+        {
+            "method": method,
+            **dataclasses.asdict(size),
+            "memory_bytes": size.memory_bytes,
+            "storage_bytes": size.storage_bytes(tasks),
+        }
+        for method, size in found.items()
+    ]
+    write_comparison(folder, facts, table)
+    screen.show(_sizes(found, tasks))
+    screen.line(f"\n{folder}\ncompare.json, compare.csv; memory for activations comes on top, by batch and length")
+
+
+def _write(
+    spec: CompareRun,
+    goal: Goal,
+    folder: Path,
+    trainings: Sequence[Training],
+    found: Mapping[str, Mapping[str, Spread]],
+    differing: Sequence[str],
+) -> None:
+    facts: dict[str, Any] = {"task": spec.task.name, "model": spec.model.name, **dataclasses.asdict(goal)}
+    facts |= {"seeds": spec.compare.seeds, "differ_in": differing}
+    facts["methods"] = {
+        method: {
+            name: {"mean": of.mean, "stdev": of.stdev, "median": of.median, "values": of.values}
+            for name, of in figures.items()
+        }
+        for method, figures in found.items()
+    }
+    rows = [
+        {"method": each.method, "seed": each.seed, "run": each.run, "reused": each.reused, "error": each.error}
+        | dict(each.figures)
+        for each in trainings
+    ]
+    write_comparison(folder, facts, rows)
+
+
+_COSTS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+    ("trains", "trainable_parameters", lambda value: _shown(count, value)),
+    ("on disk", "adapter_bytes", lambda value: _shown(_size, value)),
+    ("memory", "peak_memory_mib", lambda value: _shown(_size, value and value * 2**20)),
+    ("time", "train_s", lambda value: _shown(_time, value)),
+    ("rows/s", "rows_per_s", lambda value: _shown(count, value)),
+)
+"""Columns: head, figure, how its median is shown."""
+
+
+def _table(spec: CompareRun, goal: Goal, found: Mapping[str, Mapping[str, Spread]]) -> Table:
+    target = [f"to {goal.target:g}"] if goal.target is not None else []
+    table = _empty_table(goal.metric, *(head for head, _, _ in _COSTS), *target)
+    seeds = len(spec.compare.seeds)
+    for method, figures in found.items():
+        none = Spread(())
+        done = len(figures.get("steps", none).values)
+        name = method if done == seeds else f"{method} ({done} of {seeds} seeds)"
+        cells = [shown(figures.get(figure, none).median) for _, figure, shown in _COSTS]
+        reached = [_reached(figures.get("steps_to_target", none), figures.get("train_s_to_target", none), done)]
+        table.add_row(escape(name), _metric(figures.get(goal.figure, none)), *cells, *(reached if target else []))
+    return table
+
+
+def _legend(goal: Goal, seeds: int) -> str:
+    if seeds == 1:
+        return f"{goal.figure}; memory is the peak of the process"
+    return f"{goal.figure} over {seeds} seeds: mean ± standard deviation; of the rest, medians"
+
+
+def _sizes(found: Mapping[str, Footprint], tasks: int) -> Table:
+    heads = ("trains", "weights", "gradients", "AdamW", "in memory", "a task", f"{tasks} tasks")
+    table = _empty_table(*heads)
+    for method, size in found.items():
+        parts = (size.weight_bytes, size.gradient_bytes, size.optimizer_bytes, size.memory_bytes, size.task_bytes)
+        sizes = map(_size, (*parts, size.storage_bytes(tasks)))
+        table.add_row(escape(method), count(size.trainable_parameters), *sizes)
+    return table
+
+
+def _plot(spec: CompareRun, goal: Goal, found: Mapping[str, Mapping[str, Spread]]) -> str:
+    def values(figure: str) -> dict[str, Sequence[float]]:
+        return {method: figures[figure].values for method, figures in found.items() if figure in figures}
+
+    memory = {method: [value * 2**20 for value in of] for method, of in values("peak_memory_mib").items()}
+    panels = [
+        Panel(goal.figure, values(goal.figure), lambda value: significant(value, 3), "near"),
+        Panel("parameters that train", values("trainable_parameters"), count, "log"),
+        Panel("peak memory", memory, _size),
+        Panel("training time", values("train_s"), _time),
+    ]
+    return dot_plot(f"{spec.task.name} with {spec.model.name}", list(found), panels)
+
+
+def _empty_table(*heads: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("method")
+    for head in heads:
+        table.add_column(escape(head), justify="right")
+    return table
+
+
+def _metric(spread: Spread) -> str:
+    deviation = "" if spread.stdev is None else f" ± {significant(spread.stdev)}"
+    return f"{significant(spread.mean)}{deviation}"
+
+
+def _reached(steps: Spread, seconds: Spread, trained: int) -> str:
+    """When the target was reached: the medians of the seeds that did."""
+    if steps.median is None or seconds.median is None:
+        return "never"
+    if len(steps.values) < trained:
+        return f"{steps.median:.0f} steps in {len(steps.values)} of {trained}"
+    return f"{steps.median:.0f} steps, {_time(seconds.median)}"
+
+
+def _shown(how: Callable[[float], str], value: float | None) -> str:
+    return "–" if value is None else how(value)
+
+
+def _time(seconds: float | None) -> str:
+    assert seconds is not None
+    return f"{seconds:.1f}s" if seconds < 10 else duration(seconds)
+
+
+def _size(num_bytes: float) -> str:
+    """Bytes with three digits: 86.7 MiB."""
+    units = iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while num_bytes >= 1000 and unit != "TiB":
+        num_bytes, unit = num_bytes / 1024, next(units)
+    return f"{num_bytes:.3g} {unit}"

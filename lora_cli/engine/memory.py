@@ -1,0 +1,64 @@
+"""What a training keeps in memory and what it leaves on disk, by arithmetic. Activations are not guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lora_cli.nn import adapted_layers
+
+__all__ = ["Footprint", "footprint"]
+
+_FP32 = 4
+"""Bytes of a number that is trained or saved, whatever the base model is stored in."""
+_MOMENTS = 2
+"""Running means that AdamW keeps of each trained parameter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Counts of parameters, and bytes."""
+
+    total_parameters: int
+    trainable_parameters: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    base_bytes: int
+    """What all tasks share: weights that are not saved with an adapter."""
+    task_bytes: int
+    """What each task adds: weights that are saved with it."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights, gradients and the optimizer's states."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+
+    def storage_bytes(self, tasks: int) -> int:
+        """Disk for so many tasks."""
+        return self.base_bytes + tasks * self.task_bytes
+
+
+def footprint(model: nn.Module) -> Footprint:
+    """What training `model` takes; its adapter is put in already."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Some methods freeze a factor, which is saved all the same.
+    adapters = [each for layer in adapted_layers(model).values() for each in layer.parameters(recurse=False)]
+    saved = {id(parameter): parameter for parameter in (*trained, *adapters)}
+    base = [parameter for parameter in model.parameters() if id(parameter) not in saved]
+    num_trained = sum(parameter.numel() for parameter in trained)
+    return Footprint(
+        total_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        trainable_parameters=num_trained,
+        weight_bytes=_size([*model.parameters(), *model.buffers()]),
+        gradient_bytes=_FP32 * num_trained,
+        optimizer_bytes=_FP32 * _MOMENTS * num_trained,
+        base_bytes=_size(base),
+        task_bytes=_FP32 * sum(parameter.numel() for parameter in saved.values()),
+    )
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,54 @@
+"""Whole or not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_cli.disk import atomic_file, atomic_folder, read_object, shown, unless_empty
+from lora_cli.errors import RunError
+
+
+def test_a_file_half_written_leaves_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "a.txt"
+    with atomic_file(target) as temporary:
+        temporary.write_text("old")
+
+    def fail() -> None:
+        with atomic_file(target) as temporary:
+            temporary.write_text("ne")
+            raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        fail()
+    assert target.read_text() == "old"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_folder_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        with atomic_folder(tmp_path / "x") as temporary:
+            (temporary / name).touch()
+    assert [file.name for file in tmp_path.rglob("*")] == ["x", "b"]
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"a": 1, "a": 2}', '{"a": NaN}', '{"a": Infinity}', "\xff", "{" * 9999])
+def test_json_that_is_no_plain_object_is_refused_with_the_callers_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(RunError, match=r"a\.json"):
+        read_object(tmp_path / "a.json", RunError, limit=1 << 20)
+
+
+def test_a_long_path_keeps_its_end() -> None:
+    assert shown("a" * 200 + "/\x1bb.csv").endswith("a/\\x1bb.csv")
+    assert len(shown("a" * 200)) == 90
+
+
+@pytest.mark.parametrize(("name", "stays"), [("own", False), ("other", True)])
+def test_a_folder_without_results_is_taken_away(name: str, stays: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "x"
+    with unless_empty(folder, besides="own"):
+        (folder / "0").mkdir(parents=True)
+        (folder / name).touch()
+    assert folder.exists() == (tmp_path / "runs").exists() == stays

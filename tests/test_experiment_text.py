@@ -1,0 +1,119 @@
+"""Written text through a whole experiment: accumulation, and which models may pack their texts."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+
+from lora_cli.engine.device import open_device
+from lora_cli.engine.train import Objective, train
+from lora_cli.errors import ConfigError
+from lora_cli.experiment import Experiment
+from lora_cli.nn import parameter_groups, trainable_state
+from lora_cli.spec import DataSpec, DeviceSpec, GenerationSpec, LoraSpec, ModelSpec, TrainRun, TrainSpec
+from lora_cli.tasks import build_task, load_splits
+from nn.models import LM_CONFIGS
+
+DATA = DataSpec(embedded="support_intents", train_limit=48, validation_limit=4)
+TASK = GenerationSpec(
+    name="intents", data=DATA, prompt="{label}:", target="{text}", max_length=40, max_target_length=200
+)
+LORA = LoraSpec(r=2, targets=["all-linear"])
+
+
+def build(family: str, **settings: object) -> Experiment:
+    random = LM_CONFIGS[family] | {
+        key: 400 for key in ("n_positions", "max_position_embeddings") if key in LM_CONFIGS[family]
+    }
+    random |= {"decoder_start_token_id": 0} if family == "t5" else {}
+    task, model = build_task(TASK), ModelSpec(name="tiny", family=family, random=random, dropout=0.0)
+    rows = load_splits(DATA, ["train", "validation"], label=None, regression=False, seed=0)
+    lora = LORA if family != "bloom" else LoraSpec(r=2)
+    return Experiment.build(TrainRun(task=TASK, model=model, lora=lora, train=TrainSpec(**settings)), task, rows)
+
+
+class Silent:
+    def metrics(self, step, values) -> None:
+        self.last = values
+
+    def progress(self, progress, total, loss, lr) -> None:
+        pass
+
+    def scored(self, step, metrics, *, best) -> None:
+        pass
+
+    def checkpoint(self, checkpoint) -> None:
+        pass
+
+
+def after_a_step(experiment: Experiment, **settings: object) -> dict[str, torch.Tensor]:
+    """What trains, after a step in double precision; by its large epsilon Adam's step is the gradient's."""
+    model = copy.deepcopy(experiment.base.model).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".B"):
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).double()
+    spec = TrainSpec(
+        max_steps=1, eps=1e3, lr=10.0, warmup=0.0, length_window=1, log_every=1, max_grad_norm=None, **settings
+    )
+    train(
+        model,
+        experiment.task,
+        experiment.data["train"].examples,
+        spec,
+        groups=parameter_groups(model, experiment.injection, lr=spec.lr, head_lr=None, weight_decay=0.0),
+        trained=lambda: trainable_state(model),
+        score=lambda: {"loss": None},
+        objective=Objective("loss", greater_is_better=False),
+        device=open_device(DeviceSpec(name="cpu")),
+        recorder=Silent(),
+        data_seed=0,
+        dropout_seed=0,
+        packing=spec.packing,
+    )
+    return {name: tensor.clone() for name, tensor in trainable_state(model).items()}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_four_accumulated_batches_are_one_big_batch(family: str) -> None:
+    experiment = build(family)
+    assert len({example.num_targets for example in experiment.data["train"].examples}) > 8
+    big, small = after_a_step(experiment, batch_size=48), after_a_step(experiment, batch_size=12, accumulation=4)
+    start = trainable_state(experiment.base.model)
+    assert any((big[name] - start[name]).abs().max() > 1e-4 for name in big if name.endswith(".A"))
+    for name in big:
+        torch.testing.assert_close(small[name], big[name], rtol=1e-6, atol=1e-8)
+
+
+def test_a_packed_step_is_the_padded_one() -> None:
+    experiment = build("llama", packing=True)
+    padded, packed = after_a_step(experiment, batch_size=48), after_a_step(experiment, batch_size=48, packing=True)
+    for name in padded:
+        torch.testing.assert_close(packed[name], padded[name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "opt", "t5", "bart"])
+def test_models_that_mix_packed_texts_are_refused_by_name(family: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^train\.packing=true: not with {family}, which mixes texts that share a row$"
+    ):
+        build(family, packing=True)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gpt_neo", "phi", "qwen2", "gemma", "gemma2", "mistral"])
+def test_models_that_keep_them_apart_are_not_and_nobody_gives_advice(family: str) -> None:
+    logger = logging.getLogger("transformers")
+    handler, level, said = logging.Handler(), logger.level, []
+    handler.emit = said.append
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    try:
+        experiment = build(family, packing=True)
+        after_a_step(experiment, batch_size=48, packing=True)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert [record.getMessage() for record in said] == []
