@@ -51,7 +51,8 @@ def _others() -> Iterable[str]:
         yield f"\n## lora {verb}\n"
         if own:
             yield _table(own) + "\n"
-        yield f"Besides, {shared} as for `lora train`."
+        if shared:
+            yield f"Besides, {shared} as for `lora train`."
     yield ""
 
 

@@ -8,8 +8,8 @@ from xml.sax.saxutils import escape
 __all__ = ["line_chart"]
 
 _COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
-_WIDTH, _HEIGHT = 720, 400
-_LEFT, _TOP, _RIGHT, _BOTTOM = 64, 48, 200, 56
+_WIDTH, _HEIGHT = 780, 400
+_LEFT, _TOP, _RIGHT, _BOTTOM = 64, 48, 250, 56
 _MAX_NAMES = 14
 """Lines of a legend that fit beside the plot."""
 

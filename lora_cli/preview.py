@@ -57,12 +57,18 @@ def rows_view(audit: Audit) -> Table:
     """Rows of each split, and what is wrong with some of them."""
     names = list(audit.splits)
     shared = names[:-1]
-    heads = ["rows", "examples", "distinct inputs", "repeated", *(f"in {name}" for name in shared), "empty input"]
+    # A row makes several examples where it holds several answers, or a long text.
+    several = any(split.examples != split.rows for split in audit.splits.values())
+    heads = ["rows", *(["examples"] if several else []), "distinct\ninputs", "repeated"]
+    heads += [*(f"in\n{name}" for name in shared), "empty\ninput"]
     writes = any("answer" in split.parts or "learnt" in split.parts for split in audit.splits.values())
-    table = _table("rows", "split", *heads, *(["empty answer"] if writes else []))
+    table = _table("rows", "split", *heads, *(["empty\nanswer"] if writes else []))
+    for column in table.columns:
+        column.vertical = "bottom"
     for name, split in audit.splits.items():
         leaks = [_suspect(split.shared[other]) if other in split.shared else "" for other in shared]
-        numbers = [f"{split.rows:,}", f"{split.examples:,}", f"{split.distinct_inputs:,}", _suspect(split.repeated)]
+        sizes = [split.rows, *([split.examples] if several else []), split.distinct_inputs]
+        numbers = [*(f"{size:,}" for size in sizes), _suspect(split.repeated)]
         empty = [_suspect(split.empty_inputs), *([_suspect(split.empty_answers)] if writes else [])]
         table.add_row(escape(name), *numbers, *leaks, *empty)
     return table
@@ -81,21 +87,22 @@ def tokens_view(audit: Audit) -> Table:
     return table
 
 
-def histogram_view(audit: Audit) -> Table:
-    """Examples by the tokens that the model reads, one column a split."""
+def histogram_view(audit: Audit, width: int) -> Table:
+    """Examples by the tokens that the model reads, one column a split, all in `width` columns of the terminal."""
     return _bars(
         "tokens of an example",
         [_interval(begin, following) for begin, following in zip(audit.bins, [*audit.bins[1:], None], strict=True)],
         {name: split.histogram for name, split in audit.splits.items()},
+        width,
     )
 
 
-def labels_view(audit: Audit) -> Table | None:
+def labels_view(audit: Audit, width: int) -> Table | None:
     """Labels and their shares by split, or how numbers spread; None where text is learnt."""
     labelled = {name: split.labels for name, split in audit.splits.items() if split.labels is not None}
     if labelled:
         names = [printable(name, 40) for name in labelled["train"]]
-        return _bars("labels", names, {split: list(counts.values()) for split, counts in labelled.items()})
+        return _bars("labels", names, {split: list(counts.values()) for split, counts in labelled.items()}, width)
     valued = {name: split.values for name, split in audit.splits.items() if split.values is not None}
     if not valued:
         return None
@@ -140,25 +147,27 @@ def bar(share: float, width: int) -> str:
 
 
 def _table(title: str, first: str, *heads: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 3, 0, 0), title=title, title_justify="left")
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0), title=title, title_justify="left")
     table.title_style = "bold cyan"
-    table.add_column(first)
+    table.add_column(first, no_wrap=True)
     for head in heads:
         table.add_column(escape(head), justify="right")
     return table
 
 
-def _bars(title: str, names: Sequence[str], columns: Mapping[str, Sequence[int]]) -> Table:
+def _bars(title: str, names: Sequence[str], columns: Mapping[str, Sequence[int]], width: int) -> Table:
     table = _table(title, "", *columns)
-    width = max(6, 3 * _BAR // max(3, len(columns)))
+    # Beside each bar stand its share and the gap to the next column.
+    room = (width - max(map(len, names))) // len(columns) - len(_percent(1) + " " + 2 * " ")
+    size = max(4, min(_BAR, room))
     longest = max((max(counts) / max(1, sum(counts)) for counts in columns.values()), default=1) or 1
     for column in table.columns[1:]:
-        column.justify = "left"
+        column.justify, column.no_wrap = "left", True
     for number, name in enumerate(names):
         cells = []
         for counts in columns.values():
             share = counts[number] / max(1, sum(counts))
-            cells.append(f"[cyan]{bar(share / longest, width)}[/] {_percent(share)}")
+            cells.append(f"[cyan]{bar(share / longest, size)}[/] {_percent(share)}")
         table.add_row(escape(name), *cells)
     return table
 

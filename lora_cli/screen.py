@@ -122,6 +122,11 @@ class Screen:
                 table.add_row(escape(name), *(significant(metrics.get(name), 4) for metrics in splits.values()))
         self._out.print(table)
 
+    @property
+    def width(self) -> int:
+        """Columns of the terminal."""
+        return self._out.width
+
     def show(self, *views: RenderableType) -> None:
         """Views on stdout, each as wide as the terminal, with a blank line before it."""
         for view in views:

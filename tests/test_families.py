@@ -12,7 +12,7 @@ from lora_cli.families import FAMILIES, layer_groups
 from lora_cli.models import load_base
 from lora_cli.nn import inject
 from lora_cli.nn.fused import LAYOUTS
-from lora_cli.nn.layers import kind_of
+from lora_cli.nn.kinds import kind_of
 from lora_cli.spec import LoraSpec, ModelSpec
 from nn.models import LM_CONFIGS, tiny_lm
 

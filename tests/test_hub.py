@@ -155,6 +155,12 @@ def test_a_cached_config_alone_is_no_model(no_proxy, empty_cache, monkeypatch):
         hub.fetch_model("owner/name")
 
 
+def test_a_cached_config_will_do_where_no_weights_are_wanted(no_proxy, empty_cache, monkeypatch):
+    snapshot = cached_snapshot(empty_cache, files=["config.json"])
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    assert hub.fetch_model("owner/name", weights=False) == snapshot
+
+
 @pytest.fixture
 def fake_hub(tmp_path, no_proxy, empty_cache, monkeypatch):
     """A hub whose one model has no safetensors. Returns the patterns that were asked for."""
@@ -209,7 +215,7 @@ def test_what_the_hub_refuses_is_said_in_one_line(fake_hub, monkeypatch, error, 
     def refuse(*args, **kwargs):
         raise kind.__new__(kind, "500 for you")
 
-    monkeypatch.setattr(hub, "_cached", lambda *args: None)
+    monkeypatch.setattr(hub, "_cached", lambda *args, **wanted: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     monkeypatch.setattr(kind, "__str__", lambda self: "500 for you", raising=False)
     with pytest.raises(ModelError, match=complaint):

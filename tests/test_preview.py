@@ -17,9 +17,9 @@ from tasks.readers import READERS, reader_like, rows_of
 WRITING = GenerationSpec(name="names", prompt="{a}", target="{b}", max_length=4000, max_target_length=4000)
 
 
-def drawn(view: RenderableType, *, colour: bool = False) -> str:
+def drawn(view: RenderableType, *, colour: bool = False, width: int = 100) -> str:
     console = Console(
-        file=io.StringIO(), width=100, force_terminal=colour, color_system="truecolor" if colour else None
+        file=io.StringIO(), width=width, force_terminal=colour, color_system="truecolor" if colour else None
     )
     console.print(view)
     return console.file.getvalue()
@@ -101,3 +101,12 @@ def test_a_bar_has_its_width_and_something_is_never_nothing(share: float, width:
     assert len(drawn_bar) == width
     assert bool(drawn_bar.strip()) == (share > 0)
     assert abs(drawn_bar.count("█") - share * width) <= 1
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_bars_fit_into_the_terminal(width: int) -> None:
+    columns = {"train": [9000, 1], "validation": [3, 4], "test": [0, 0]}
+    lines = lines_of(drawn(preview._bars("labels", ["0–9", "10…"], columns, width), width=width))
+    assert len(lines) == 4
+    assert lines[2].endswith("0.0 %")
+    assert max(map(len, lines)) <= width

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -42,26 +43,61 @@ def run(spec: ChatRun, *, directory: Path | None = None, overrides: Sequence[str
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    on_terminal, screen = sys.stdin.isatty() and sys.stdout.isatty(), Screen()
-    saved = open_saved(spec)
+    saved, screen = open_saved(spec), Screen()
     conversation = Conversation(saved, spec.system, warn=screen.warning)
-    if on_terminal:
+    if on_terminal := sys.stdin.isatty() and sys.stdout.isatty():
         screen.fact("run", f"{saved.path}   {saved.device}")
         screen.fact("chat", _HELP)
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - gives input() its line editing
-    asked = 0
-    while (line := _read(on_terminal)) is not None:
-        if line == "/exit":
-            return
-        if line == "/reset":
-            conversation.reset()
-        elif re.fullmatch(r"/[a-z]+", line):
-            near = nearest(line, _COMMANDS)
-            screen.warning(f"no command {line}.{f' Did you mean {near}?' if near else ''} {_HELP}")
-        elif line.strip():
-            asked += 1
-            _answer(conversation, line, seed=spec.seed + asked - 1, on_terminal=on_terminal)
+    for number in itertools.count():
+        try:
+            if not _turn(conversation, spec.seed + number, screen, on_terminal=on_terminal):
+                return
+        except (UserError, KeyboardInterrupt) as error:
+            # A person goes on talking, whatever line the model cannot be asked; in a pipe there is nobody to go on.
+            if not on_terminal or isinstance(error, Terminated):
+                raise
+            if isinstance(error, UserError):
+                screen.warning(str(error))
+            print()
+
+
+def _turn(conversation: Conversation, seed: int, screen: Screen, *, on_terminal: bool) -> bool:
+    """Read a line and answer it; whether there was one."""
+    line = _read(on_terminal)
+    if line is None:
+        return False
+    if line == "/reset":
+        conversation.reset()
+    elif re.fullmatch(r"/[a-z]+", line):
+        near = nearest(line, _COMMANDS)
+        screen.warning(f"no command {line}.{f' Did you mean {near}?' if near else ''} {_HELP}")
+    elif line.strip():
+        _answer(conversation, line, seed)
+        print(end="\n" if on_terminal else "")
+    return True
+
+
+def _read(on_terminal: bool) -> str | None:
+    """The next line; None where the conversation ends."""
+    try:
+        line = input("you> " if on_terminal else "")
+    except EOFError:
+        print(end="\n" if on_terminal else "")
+        return None
+    return None if line == "/exit" else line
+
+
+def _answer(conversation: Conversation, line: str, seed: int) -> None:
+    query, tokenizer, stops = conversation.ask(line), conversation.saved.tokenizer, conversation.task.spec.decode.stop
+    streamer = Streamer(tokenizer, sys.stdout, stops=stops)
+    try:
+        write_answer(conversation.saved, query, streamer=streamer, seed=seed)
+    finally:  # what was said until Ctrl-C was said
+        conversation.answered(streamer.text)
+        sys.stdout.write("\n")
+        sys.stdout.flush()
 
 
 class Conversation:
@@ -69,7 +105,7 @@ class Conversation:
 
     def __init__(self, saved: Saved, system: str | None, *, warn: Callable[[str], None]) -> None:
         assert isinstance(saved.task, Chat)
-        self.saved, self._task, self._warn = saved, saved.task, warn
+        self.saved, self.task, self._warn = saved, saved.task, warn
         self._head: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[Message] = []
         self._warned = False
@@ -101,44 +137,7 @@ class Conversation:
         self._turns = []
 
     def _query(self, turns: Sequence[Message]) -> tuple[Query, int]:
-        row = {self._task.spec.messages: [*self._head, *turns]}
+        row = {self.task.spec.messages: [*self._head, *turns]}
         rows = Rows([row], source="conversation", separator="", numbers=[""])
-        (query,), num_cut = self._task.encode_queries(rows, self.saved)
+        (query,), num_cut = self.task.encode_queries(rows, self.saved)
         return query, num_cut
-
-
-def _read(on_terminal: bool) -> str | None:
-    """The next line; None at the end of the input."""
-    while True:
-        try:
-            return input("you> " if on_terminal else "")
-        except EOFError:
-            if on_terminal:
-                print()
-            return None
-        except KeyboardInterrupt as interrupt:
-            if not on_terminal or isinstance(interrupt, Terminated):
-                raise
-            print()
-
-
-def _answer(conversation: Conversation, line: str, *, seed: int, on_terminal: bool) -> None:
-    """Answer one line. On a terminal neither a line that the model cannot be asked nor Ctrl-C ends the conversation."""
-    saved = conversation.saved
-    assert isinstance(saved.task, Chat)
-    try:
-        query = conversation.ask(line)
-    except UserError as error:
-        if not on_terminal:
-            raise
-        Screen().warning(str(error))
-        return
-    streamer = Streamer(saved.tokenizer, sys.stdout, stops=saved.task.spec.decode.stop)
-    try:
-        write_answer(saved, query, streamer=streamer, seed=seed)
-    except KeyboardInterrupt as interrupt:
-        if not on_terminal or isinstance(interrupt, Terminated):
-            raise
-    conversation.answered(streamer.text)
-    sys.stdout.write("\n\n" if on_terminal else "\n")
-    sys.stdout.flush()

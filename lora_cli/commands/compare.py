@@ -9,14 +9,12 @@ import dataclasses
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.table import Table
-
+from lora_cli import comparison_view as view
 from lora_cli.config import compose, group_flags, to_plain
 from lora_cli.disk import write_atomic
 from lora_cli.errors import ConfigError, TrainingFailure, UnknownName, UserError, printable
@@ -32,8 +30,7 @@ from lora_cli.runs.comparison import (
     write_comparison,
 )
 from lora_cli.runs.directory import RunDirectory, signature
-from lora_cli.runs.dot_plot import Panel, dot_plot
-from lora_cli.screen import Screen, count, duration, significant
+from lora_cli.screen import Screen, significant
 from lora_cli.spec import CompareRun, TrainRun
 from lora_cli.tasks import build_task, load_splits
 
@@ -88,7 +85,8 @@ def run(spec: CompareRun, *, directory: Path | None = None, overrides: Sequence[
 
 def _plan(spec: CompareRun, overrides: Sequence[str]) -> list[_Job]:
     """All trainings, each method with the first seed before any with the second."""
-    shared, adapter = [], []
+    shared: list[str] = []
+    adapter: list[str] = []
     for word in overrides:
         key, _, value = word.lstrip("+~").partition("=")
         if key == "lora":
@@ -133,6 +131,7 @@ def _check_same_budget(methods: Mapping[str, TrainRun]) -> None:
 
 
 def _compare(spec: CompareRun, jobs: Sequence[_Job], folder: Path, screen: Screen, *, only_there: bool) -> None:
+    screen.fact("folder", str(folder))
     goal = Goal(spec.task.metrics[0], spec.task.split, spec.compare.target)
     trainings = []
     for number, job in enumerate(jobs, 1):
@@ -143,9 +142,9 @@ def _compare(spec: CompareRun, jobs: Sequence[_Job], folder: Path, screen: Scree
     differing = unequal(trainings)
     _write(spec, goal, folder, trainings, found, differing)
     if len(failed) < len(trainings):
-        screen.show(_table(spec, goal, found))
-        screen.line(_legend(goal, len(spec.compare.seeds)))
-        write_atomic(folder / "plot.svg", _plot(spec, goal, found))
+        screen.show(view.results_view(goal, found, len(spec.compare.seeds)))
+        screen.line(view.legend(goal, len(spec.compare.seeds)))
+        write_atomic(folder / "plot.svg", view.plot(f"{spec.task.name} with {spec.model.name}", goal, found))
     screen.line(f"\n{folder}\ncompare.json, compare.csv" + (", plot.svg" if len(failed) < len(trainings) else ""))
     for condition in differing:
         screen.warning(f"the trainings differ in {condition}: memory and time are not comparable")
@@ -162,7 +161,7 @@ def _train(job: _Job, goal: Goal, folder: Path, number: str, screen: Screen, *, 
     path = kept.path if kept else folder / job.name
     reused = kept is not None and _is_finished(kept, job)
     what = "found in" if reused else "goes on in" if kept else "in"
-    screen.fact(number, f"{job.method}, seed {job.seed}, {what} {path}")
+    screen.fact(number, f"{job.method}, seed {job.seed}, {what} {path.name if path.parent == folder else path}")
     if not reused:
         path.mkdir(parents=True, exist_ok=True)
         output = path / "output.txt"
@@ -173,7 +172,7 @@ def _train(job: _Job, goal: Goal, folder: Path, number: str, screen: Screen, *, 
             return Training(job.method, job.seed, str(path), error=error)
     figures, conditions = read_training(RunDirectory(path), goal)
     reached = f"{goal.metric} {significant(figures.get(goal.figure))}"
-    screen.fact("", f"{reached}, trained in {_time(figures['train_s'])}")
+    screen.fact("", f"{reached} after {figures['steps']} steps")
     return Training(job.method, job.seed, str(path), figures, conditions, reused)
 
 
@@ -239,7 +238,7 @@ def _count(spec: CompareRun, jobs: Sequence[_Job], folder: Path, screen: Screen)
         for method, size in found.items()
     ]
     write_comparison(folder, facts, table)
-    screen.show(_sizes(found, tasks))
+    screen.show(view.sizes_view(found, tasks))
     screen.line(f"\n{folder}\ncompare.json, compare.csv; memory for activations comes on top, by batch and length")
 
 
@@ -266,97 +265,3 @@ def _write(
         for each in trainings
     ]
     write_comparison(folder, facts, rows)
-
-
-_COSTS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
-    ("trains", "trainable_parameters", lambda value: _shown(count, value)),
-    ("on disk", "adapter_bytes", lambda value: _shown(_size, value)),
-    ("memory", "peak_memory_mib", lambda value: _shown(_size, value and value * 2**20)),
-    ("time", "train_s", lambda value: _shown(_time, value)),
-    ("rows/s", "rows_per_s", lambda value: _shown(count, value)),
-)
-"""Columns: head, figure, how its median is shown."""
-
-
-def _table(spec: CompareRun, goal: Goal, found: Mapping[str, Mapping[str, Spread]]) -> Table:
-    target = [f"to {goal.target:g}"] if goal.target is not None else []
-    table = _empty_table(goal.metric, *(head for head, _, _ in _COSTS), *target)
-    seeds = len(spec.compare.seeds)
-    for method, figures in found.items():
-        none = Spread(())
-        done = len(figures.get("steps", none).values)
-        name = method if done == seeds else f"{method} ({done} of {seeds} seeds)"
-        cells = [shown(figures.get(figure, none).median) for _, figure, shown in _COSTS]
-        reached = [_reached(figures.get("steps_to_target", none), figures.get("train_s_to_target", none), done)]
-        table.add_row(escape(name), _metric(figures.get(goal.figure, none)), *cells, *(reached if target else []))
-    return table
-
-
-def _legend(goal: Goal, seeds: int) -> str:
-    if seeds == 1:
-        return f"{goal.figure}; memory is the peak of the process"
-    return f"{goal.figure} over {seeds} seeds: mean ± standard deviation; of the rest, medians"
-
-
-def _sizes(found: Mapping[str, Footprint], tasks: int) -> Table:
-    heads = ("trains", "weights", "gradients", "AdamW", "in memory", "a task", f"{tasks} tasks")
-    table = _empty_table(*heads)
-    for method, size in found.items():
-        parts = (size.weight_bytes, size.gradient_bytes, size.optimizer_bytes, size.memory_bytes, size.task_bytes)
-        sizes = map(_size, (*parts, size.storage_bytes(tasks)))
-        table.add_row(escape(method), count(size.trainable_parameters), *sizes)
-    return table
-
-
-def _plot(spec: CompareRun, goal: Goal, found: Mapping[str, Mapping[str, Spread]]) -> str:
-    def values(figure: str) -> dict[str, Sequence[float]]:
-        return {method: figures[figure].values for method, figures in found.items() if figure in figures}
-
-    memory = {method: [value * 2**20 for value in of] for method, of in values("peak_memory_mib").items()}
-    panels = [
-        Panel(goal.figure, values(goal.figure), lambda value: significant(value, 3), "near"),
-        Panel("parameters that train", values("trainable_parameters"), count, "log"),
-        Panel("peak memory", memory, _size),
-        Panel("training time", values("train_s"), _time),
-    ]
-    return dot_plot(f"{spec.task.name} with {spec.model.name}", list(found), panels)
-
-
-def _empty_table(*heads: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("method")
-    for head in heads:
-        table.add_column(escape(head), justify="right")
-    return table
-
-
-def _metric(spread: Spread) -> str:
-    deviation = "" if spread.stdev is None else f" ± {significant(spread.stdev)}"
-    return f"{significant(spread.mean)}{deviation}"
-
-
-def _reached(steps: Spread, seconds: Spread, trained: int) -> str:
-    """When the target was reached: the medians of the seeds that did."""
-    if steps.median is None or seconds.median is None:
-        return "never"
-    if len(steps.values) < trained:
-        return f"{steps.median:.0f} steps in {len(steps.values)} of {trained}"
-    return f"{steps.median:.0f} steps, {_time(seconds.median)}"
-
-
-def _shown(how: Callable[[float], str], value: float | None) -> str:
-    return "–" if value is None else how(value)
-
-
-def _time(seconds: float | None) -> str:
-    assert seconds is not None
-    return f"{seconds:.1f}s" if seconds < 10 else duration(seconds)
-
-
-def _size(num_bytes: float) -> str:
-    """Bytes with three digits: 86.7 MiB."""
-    units = iter(("B", "KiB", "MiB", "GiB", "TiB"))
-    unit = next(units)
-    while num_bytes >= 1000 and unit != "TiB":
-        num_bytes, unit = num_bytes / 1024, next(units)
-    return f"{num_bytes:.3g} {unit}"

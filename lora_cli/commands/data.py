@@ -44,12 +44,13 @@ def run(spec: DataRun, *, directory: Path | None = None, overrides: Sequence[str
     encoded = {split: task.encode(found, reader) for split, found in rows.items()}
     audit = _audit(spec, task, rows, encoded, reader)
     screen.fact("task", f"{task.spec.name}: {task.describe()}")
-    screen.fact("model", f"{reader.base_name} ({reader.family}, from {reader.source}), {audit.positions:,} positions")
+    positions = "any length" if audit.positions == math.inf else f"{audit.positions:,} positions"
+    screen.fact("model", f"{reader.base_name} ({reader.family}, from {reader.source}), {positions}")
     worries = concerns(audit)
     if shown := _drawn(len(encoded["train"].examples), spec):
         screen.show(preview.examples_view(encoded["train"], shown, reader.tokenizer, task.labels))
-    screen.show(preview.rows_view(audit), preview.tokens_view(audit), preview.histogram_view(audit))
-    if labels := preview.labels_view(audit):
+    screen.show(preview.rows_view(audit), preview.tokens_view(audit), preview.histogram_view(audit, screen.width))
+    if labels := preview.labels_view(audit, screen.width):
         screen.show(labels)
     screen.show(preview.padding_view(audit), preview.concerns_view(worries))
     if spec.output is not None:

@@ -1,6 +1,7 @@
 """Low-rank adapters as an exact PyTorch library. Knows torch and LoraSpec; not transformers, tasks or run folders."""
 
 from lora_cli.nn.adapter import AdapterFile, fingerprint, load_adapter, read_adapter, save_adapter
+from lora_cli.nn.convolutions import LoraConvolution
 from lora_cli.nn.inject import (
     Injection,
     TargetRow,
@@ -22,6 +23,7 @@ __all__ = [
     "AdapterFile",
     "Injection",
     "LoraConv1D",
+    "LoraConvolution",
     "LoraEmbedding",
     "LoraLayer",
     "LoraLinear",

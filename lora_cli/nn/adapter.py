@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lora_cli import __version__
 from lora_cli.errors import AdapterError, ConfigError, printable
+from lora_cli.nn.convolutions import unlike_peft
 from lora_cli.nn.inject import Injection, adapted_layers, inject_plan
 from lora_cli.nn.peft_config import PeftConfig, parse_config
 from lora_cli.nn.peft_format import (
@@ -70,6 +71,8 @@ class AdapterFile:
     """What `save_adapter` was given as `extra`."""
     parts: Mapping[str, LayerPlan]
     """Layer → its parts, with their rank and alpha, where a fused projection is adapted in part."""
+    unlike_peft: Mapping[str, str]
+    """Layer → why PEFT computes something else there; a file that is not ours has none."""
 
     @property
     def weights(self) -> Path:
@@ -125,7 +128,7 @@ def save_adapter(
         stored.keys[0]: stored.packed(model.get_parameter(stored.parameter).detach().float().cpu()).contiguous()
         for stored in stored_tensors(model, plan, spec)
     }
-    facts |= _parts_facts(layers)
+    facts |= _parts_facts(layers) | {"unlike_peft": unlike_peft(model, layers)}
     documents = {_CONFIG: dict(sorted(config.items())), _FACTS: facts}
     if spec.variant == FULL:
         base = {"base_model_name_or_path": base_name, "revision": revision, "task_type": task_type}
@@ -153,7 +156,8 @@ def read_adapter(folder: Path) -> AdapterFile:
         raise AdapterError(f"{where(folder)}: {weights} is missing{hint}")
     tensors = read_header(folder / weights)
     parts = _parse_parts(facts.get("parts", {"layers": {}}), folder / _FACTS)
-    return AdapterFile(folder, config, tensors, facts.get("fingerprint"), facts.get("extra", {}), parts)
+    rest = facts.get("fingerprint"), facts.get("extra", {}), parts, facts.get("unlike_peft", {})
+    return AdapterFile(folder, config, tensors, *rest)
 
 
 def load_adapter(
@@ -182,6 +186,7 @@ def load_adapter(
     plan = Plan({}, tuple(fresh))
     if file.config.spec.variant != FULL:
         plan = _with_parts(plan_from(model, file.config, fresh, where(file.folder / _CONFIG)), file)
+        _check_unlike(file, unlike_peft(model, plan.layers))
     try:
         check_plan(model, plan, file.config.spec)
     except ConfigError as error:
@@ -231,6 +236,13 @@ def _full_config(value: Any, path: Path) -> PeftConfig:
     return PeftConfig(LoraSpec(variant=FULL, targets=[]), (), task_type, base_name, revision)
 
 
+def _check_unlike(file: AdapterFile, layers: Mapping[str, str]) -> None:
+    """Refuse tensors that meant something else where they were trained."""
+    for name, why in layers.items():
+        if file.unlike_peft.get(name) != why:
+            raise AdapterError(f"{where(file.folder / _CONFIG)}: {printable(name, 60)}: {why}")
+
+
 def _parts_facts(layers: Mapping[str, LayerPlan]) -> dict[str, Any]:
     """What lora.json says of layers adapted in part; nothing if there are none."""
     adapted = {
@@ -276,8 +288,9 @@ def _read_facts(path: Path) -> dict[str, Any]:
     version = facts.get("format")
     if version != _FORMAT:
         raise AdapterError(f"{where(path)}: format {printable(version, 20)}; this version of lora reads {_FORMAT}")
-    if not isinstance(facts.get("fingerprint"), (str, type(None))) or not isinstance(facts.get("extra", {}), dict):
-        raise AdapterError(f"{where(path)}: fingerprint must be a text and extra an object")
+    are_objects = all(isinstance(facts.get(key, {}), dict) for key in ("extra", "unlike_peft"))
+    if not isinstance(facts.get("fingerprint"), (str, type(None))) or not are_objects:
+        raise AdapterError(f"{where(path)}: fingerprint must be a text, extra and unlike_peft objects")
     return facts
 
 

@@ -2,7 +2,7 @@
 
 With updates Δᵢ = sᵢ·Bᵢ·Aᵢ and weights wᵢ: `concat` stacks the factors, so that its update is Σ wᵢΔᵢ (the update of
 PEFT's "cat"); `svd` is the best update of a given rank to that sum (Eckart and Young 1936); `linear` mixes the factors
-themselves, A = Σ √|wᵢsᵢ|·Aᵢ and B = Σ ±√|wᵢsᵢ|·Bᵢ, as PEFT's "linear" does: of one rank, but with terms BᵢAⱼ besides.
+themselves, A = Σ ±√|wᵢsᵢ|·Aᵢ and B = Σ √|wᵢsᵢ|·Bᵢ, as PEFT's "linear" does: of one rank, but with terms BᵢAⱼ besides.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def _mixed(name: str, terms: Terms, rank: int | None) -> Factors:
     if len(ranks) > 1:
         raise AdapterError(f"{printable(name, 90)} has ranks {sorted(ranks)}: method=linear needs one; concat does not")
     roots = [(math.copysign(math.sqrt(abs(w * t.scaling)), w), t) for w, t in terms]
-    A_RI = torch.stack([abs(root) * term.A.double().flatten(1) for root, term in roots]).sum(0)
-    B_OR = torch.stack([root * term.B.double().flatten(1) for root, term in roots]).sum(0)
+    A_RI = torch.stack([root * term.A.double().flatten(1) for root, term in roots]).sum(0)
+    B_OR = torch.stack([abs(root) * term.B.double().flatten(1) for root, term in roots]).sum(0)
     return _like(name, terms, A_RI, B_OR)
 
 

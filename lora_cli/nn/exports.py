@@ -19,7 +19,7 @@ from lora_cli.nn.stored import Factors, StoredAdapter
 __all__ = ["TARGETS", "check_target", "folded", "loralib_state", "portable"]
 
 TARGETS: Mapping[str, frozenset[str]] = {
-    "peft": frozenset({"dora", "whole", "biases", "rows", "embeddings", "convolutions"}),
+    "peft": frozenset({"dora", "whole", "biases", "rows", "embeddings", "convolutions", "geometry"}),
     "vllm": frozenset({"embeddings"}),
     "sglang": frozenset(),
     "tgi": frozenset(),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class Placement(nn.Module):
 
     rows: Tensor
     part: Tensor
+    outside: ClassVar[str] = "is not zero outside of its parts"
+    """What is wrong with a tensor in a file that `spread` would not have made."""
 
     def __init__(self, parts: Mapping[str, Tensor], out_features: int) -> None:
         super().__init__()

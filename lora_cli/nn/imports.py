@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_cli.errors import AdapterError, ConfigError, listed, printable
-from lora_cli.nn.layers import LoraConv1D, LoraEmbedding, kind_of
+from lora_cli.nn.kinds import kind_of
+from lora_cli.nn.layers import LoraConv1D, LoraEmbedding
 from lora_cli.nn.peft_format import PREFIX
 from lora_cli.nn.stored import Factors, StoredAdapter
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lora_cli.errors import AdapterError
 from lora_cli.nn.fused import placement_of
-from lora_cli.nn.layers import LoraLayer, generator_for, kind_of
-from lora_cli.nn.targets import FULL, LayerPlan, Plan, first_names, is_inside, matrix_of, plan_adapter
+from lora_cli.nn.kinds import kind_of, matrix_of
+from lora_cli.nn.layers import LoraLayer, generator_for
+from lora_cli.nn.targets import FULL, LayerPlan, Plan, first_names, is_inside, plan_adapter
 from lora_cli.nn.tokens import TokenRows, token_layers, vocabulary_layers
 from lora_cli.nn.variants import VARIANTS
 from lora_cli.spec import LoraSpec

@@ -17,7 +17,7 @@ from lora_cli.errors import AdapterError
 from lora_cli.nn.fused import Placement
 from lora_cli.nn.variants import SCALINGS, VARIANTS
 
-__all__ = ["KINDS", "LoraConv1D", "LoraEmbedding", "LoraLayer", "LoraLinear", "generator_for", "kind_of"]
+__all__ = ["LoraConv1D", "LoraEmbedding", "LoraLayer", "LoraLinear", "generator_for"]
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
@@ -68,7 +68,7 @@ class LoraLayer(nn.Module):
         self.placement = None if placement is None else placement.to(device)
         num_parts, num_rows = (len(placement.parts), placement.num_rows) if placement else (1, self.out_features)
         # Drawn on the CPU: a device's own generator would give another init on another device.
-        a_RI, b_OR = torch.zeros(num_parts * r, self.in_features), torch.zeros(num_rows, r)
+        a_RI, b_OR = torch.zeros(num_parts * r, self.in_features), torch.zeros(num_rows, r // self.num_groups)
         self._draw(a_RI, b_OR, generator)
         self.A, self.B = nn.Parameter(a_RI.to(device)), nn.Parameter(b_OR.to(device))
         VARIANTS[variant].prepare(self)
@@ -92,6 +92,16 @@ class LoraLayer(nn.Module):
         """The weight of a base of this kind as (out, in): a view."""
         weight = base_layer.get_parameter("weight")
         return weight.T if cls.is_transposed else weight
+
+    @classmethod
+    def groups_of(cls, base_layer: nn.Module) -> int:
+        """In how many groups a base of this kind computes: 1, or a convolution's."""
+        return 1
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of outputs, each with its share of A's rows."""
+        return self.groups_of(self.base_layer)
 
     @property
     def _base_weight(self) -> nn.Parameter:
@@ -154,12 +164,17 @@ class LoraLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in), or indices for an embedding, → (..., out)."""
         base: Tensor = self.base_layer(x)
-        if self.is_merged:
-            return base
-        ax_R = self._reduce(x)
+        return base if self.is_merged else self._adapted(x, base)
+
+    def _adapted(self, x: Tensor, base: Tensor) -> Tensor:
+        """The layer's output from the base's."""
         # Scaled at rank r, where it costs least.
-        update = functional.linear(ax_R * self.scaling, self._placed_b().to(ax_R.dtype))
+        update = self._expand(self._reduce(x) * self.scaling)
         return VARIANTS[self.variant].combine(self, base, update)
+
+    def _expand(self, ax_R: Tensor) -> Tensor:
+        """(..., r) → B A x (..., out)."""
+        return functional.linear(ax_R, self._placed_b().to(ax_R.dtype))
 
     @torch.no_grad()
     def merge(self) -> float:
@@ -248,12 +263,3 @@ class LoraEmbedding(LoraLayer):
         ax_R = functional.embedding(x, self.A.T, padding_idx=self.base_layer.padding_idx).to(dtype)
         scale: Tensor | float = getattr(self.base_layer, "embed_scale", 1.0)
         return ax_R * (scale.to(dtype) if isinstance(scale, Tensor) else scale)
-
-
-KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraConv1D, LoraEmbedding)
-"""Every kind of layer that can be adapted."""
-
-
-def kind_of(module: nn.Module) -> type[LoraLayer] | None:
-    """The kind of adapted layer that `module` can be the base of, if any."""
-    return next((kind for kind in KINDS if kind.fits(module)), None)

@@ -51,7 +51,7 @@ def _only_linear(source: str) -> dict[str, Rule]:
 
 
 ENGINES: Mapping[str, Mapping[str, Rule]] = {
-    "peft": {},
+    "peft": {"geometry": Rule(WRONG, "its A has neither dilation nor a mode of padding (tuners/lora/layer.py, 0.21)")},
     "vllm": {
         "whole": Rule(REFUSED, f"modules_to_save must be null ({_VLLM})"),
         "dora": Rule(REFUSED, f"no DoRA ({_VLLM})"),
@@ -98,6 +98,7 @@ def traits(stored: StoredAdapter) -> dict[str, str]:
     others: dict[str, list[str]] = {"rows": [], "biases": [], "whole": []}
     for key in stored.others:
         others[_kind_of(key, stored)].append(key)
+    unlike = stored.facts.get("unlike_peft", {})
     found = {
         "dora": ("DoRA's magnitudes", bool(stored.magnitudes)),
         "whole": (f"modules trained whole ({_names(others['whole'])})", bool(others["whole"])),
@@ -105,6 +106,7 @@ def traits(stored: StoredAdapter) -> dict[str, str]:
         "rows": (f"rows of new tokens ({_names(others['rows'])})", bool(others["rows"])),
         "embeddings": (_of_kind(stored, "embeddings"), any(layer.is_embedding for layer in layers.values())),
         "convolutions": (_of_kind(stored, "convolutions"), any(layer.is_convolution for layer in layers.values())),
+        "geometry": (f"dilated or padded convolutions ({listed([*unlike], 60)})", bool(unlike)),
         "ranks": ("ranks that differ", len({layer.r for layer in layers.values()}) > 1),
         "alphas": ("an alpha_pattern", bool(config.get("alpha_pattern"))),
         "rslora": ("scaling alpha/√r", bool(config.get("use_rslora"))),

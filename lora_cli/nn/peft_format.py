@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import mode
 from typing import Any
 
 from torch import Tensor, nn
 
 from lora_cli.errors import AdapterError, printable
+from lora_cli.nn.convolutions import Kernel, LoraConvolution, kernels_of
 from lora_cli.nn.fused import Placement, placement_of
-from lora_cli.nn.layers import LoraConv1D, LoraEmbedding, LoraLayer, kind_of
+from lora_cli.nn.kinds import kind_of, matrix_of
+from lora_cli.nn.layers import LoraConv1D, LoraEmbedding, LoraLayer
 from lora_cli.nn.peft_config import NO_TARGETS, PeftConfig
-from lora_cli.nn.targets import ALL_LINEAR, FULL, LayerPlan, Plan, first_names, is_inside, matrix_of, outermost
+from lora_cli.nn.targets import ALL_LINEAR, FULL, LayerPlan, Plan, first_names, is_inside, outermost
 from lora_cli.nn.tokens import TokenRows, vocabulary_layers
 from lora_cli.nn.variants import VARIANTS
 from lora_cli.spec import LoraSpec
@@ -45,24 +47,24 @@ class StoredTensor:
     """Its name in the file, then names that older versions gave it."""
     shape: tuple[int, ...]
     """Its shape in the file."""
-    placement: Placement | None = field(default=None, compare=False)
-    """For a B of parts: where its blocks stand among the rows of zeros in the file."""
+    layout: Placement | Kernel | None = field(default=None, compare=False)
+    """For a B of parts: where its blocks stand among the rows of zeros in the file; for a convolution: its kernels."""
 
     def packed(self, parameter: Tensor) -> Tensor:
         """The parameter as it stands in the file."""
-        return parameter if self.placement is None else self.placement.spread(parameter)
+        return parameter if self.layout is None else self.layout.spread(parameter)
 
     def unpacked(self, tensor: Tensor) -> Tensor:
         """The tensor in the file as it stands in the model.
 
         Raises:
-            AdapterError: it is not zero outside of the parts that it is said to be of.
+            AdapterError: it is not zero outside of the parts or groups that it is said to be of.
         """
-        if self.placement is None:
+        if self.layout is None:
             return tensor
-        blocks = self.placement.gather(tensor)
+        blocks = self.layout.gather(tensor)
         if blocks.count_nonzero() != tensor.count_nonzero():
-            raise AdapterError(f"{printable(self.parameter, 90)} is not zero outside of its parts")
+            raise AdapterError(f"{printable(self.parameter, 90)} {self.layout.outside}")
         return blocks
 
 
@@ -239,16 +241,22 @@ def _layer_tensors(model: nn.Module, plan: Plan, spec: LoraSpec) -> Iterator[Sto
         base, (rows, columns) = _base(model, name), matrix_of(model, name).shape
         r, _ = stored_scale(layer, spec.scaling)
         placement = placement_of(model, name, layer.parts, rows) if layer.parts else None
+        kernels = kernels_of(base, r) if LoraConvolution.fits(base) else {}
         for factor, shape, placed in (("A", (r, columns), None), ("B", (rows, r), placement)):
             key = f"{PREFIX}{name}.lora_{factor}"
             keys = (f"{key}.weight", f"{key}.default.weight")
             if LoraEmbedding.fits(base):
                 key = f"{PREFIX}{name}.lora_embedding_{factor}"
                 keys = (key, f"{key}.default")
-            yield StoredTensor(f"{name}.{factor}", keys, shape, placed)
+            yield _shaped(StoredTensor(f"{name}.{factor}", keys, shape, placed), kernels.get(factor))
         for parameter in VARIANTS[spec.variant].parameters:
             key = f"{PREFIX}{name}.lora_{parameter}_vector"
-            yield StoredTensor(f"{name}.{parameter}", (key, f"{key}.weight", f"{key}.default"), (rows,))
+            names = (key, f"{key}.weight", f"{key}.default")
+            yield _shaped(StoredTensor(f"{name}.{parameter}", names, (rows,)), kernels.get(parameter))
+
+
+def _shaped(stored: StoredTensor, kernel: Kernel | None) -> StoredTensor:
+    return stored if kernel is None else replace(stored, shape=kernel.shape, layout=kernel)
 
 
 def _row_tensors(model: nn.Module, plan: Plan) -> Iterator[StoredTensor]:

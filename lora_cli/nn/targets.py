@@ -12,11 +12,13 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_cli.errors import ConfigError, UnknownName
+from lora_cli.nn.convolutions import check_groups
 from lora_cli.nn.fused import placement_of
-from lora_cli.nn.layers import KINDS, LoraLayer, kind_of
+from lora_cli.nn.kinds import KINDS, kind_of, matrix_of
+from lora_cli.nn.layers import LoraLayer
 from lora_cli.nn.tokens import vocabulary_layers
 from lora_cli.nn.variants import VARIANTS
 from lora_cli.spec import MAX_RANK, MAX_SCALING, LoraSpec
@@ -29,13 +31,12 @@ __all__ = [
     "check_plan",
     "first_names",
     "is_inside",
-    "matrix_of",
     "outermost",
     "plan_adapter",
 ]
 
 ALL_LINEAR = "all-linear"
-"""The built-in group: every Linear and Conv1D that is not new, trained whole or the output embedding."""
+"""The built-in group: every Linear and GPT-2's Conv1D that is not new, trained whole or the output embedding."""
 
 FULL = "full"
 """The variant without an adapter: every parameter trains, tied ones as one."""
@@ -109,7 +110,7 @@ def check_plan(model: nn.Module, plan: Plan, spec: LoraSpec) -> None:
     """That `model` allows `plan`.
 
     Raises:
-        ConfigError: a rank larger than its layer, parts that the layer does not have, a weight tied to another
+        ConfigError: a rank that does not fit its layer, parts that the layer does not have, a weight tied to another
             module, a module with state beside its parameters, a layer whose rows of new tokens train besides.
     """
     _check_rows(model, plan, spec)
@@ -117,25 +118,16 @@ def check_plan(model: nn.Module, plan: Plan, spec: LoraSpec) -> None:
         rows, columns = matrix_of(model, name).shape
         if layer.parts:
             rows = _check_parts(model, name, layer, spec)
-        if layer.r > min(rows, columns):
-            key = "lora.r" if layer.r == spec.r else "lora.rank_pattern"
-            raise ConfigError(key, layer.r, f"at most {min(rows, columns)} for {name}, which is {rows} × {columns}")
+        key = "lora.r" if layer.r == spec.r else "lora.rank_pattern"
+        groups = check_groups(model.get_submodule(name), name, key, layer.r, spec.variant)
+        if layer.r > (most := min(rows, groups * columns)):
+            raise ConfigError(key, layer.r, f"at most {most} for {name}, which is {rows} × {columns}")
     _check_ties(model, plan)
     for name in plan.whole:
         module = model.get_submodule(name)
         state = sorted(module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys())
         if state:
             raise ConfigError("lora.modules_to_save", name, f"has state that does not train ({state[0]})")
-
-
-def matrix_of(model: nn.Module, name: str) -> Tensor:
-    """The weight (out, in) of a layer that is adapted or can be; while it is merged, the merged one."""
-    module = model.get_submodule(name)
-    if isinstance(module, LoraLayer):
-        return module.matrix
-    kind = kind_of(module)
-    assert kind is not None
-    return kind.matrix_of(module)
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
@@ -175,7 +167,8 @@ def _targets(
     for entry in spec.targets:
         if entry == ALL_LINEAR:
             linears = [name for name in free if (kind := kinds[name]) and kind.is_projection]
-            left_out |= {name for name in linears if is_inside(name, skip)}
+            unlinear = {name for name in free if name not in linears or is_inside(name, skip)}
+            left_out |= {name for name in unlinear if _has_matrix(model, name)}
             found = {name: () for name in [*linears, *opaque] if not is_inside(name, skip)}
         else:
             found = _with_parts(entry, groups.get(entry, [entry]), names)
@@ -185,7 +178,7 @@ def _targets(
         for name in free:
             if name in found and chosen.setdefault(name, (entry, found[name]))[1] != found[name]:
                 raise _overlap(entry, chosen[name][0], name)
-    ends = dict.fromkeys(_without_index(name) for name in kinds if name in left_out)
+    ends = dict.fromkeys(_without_index(name) for name in kinds if name in left_out - chosen.keys())
     return {name: chosen[name] for name in free if name in chosen}, tuple(ends)
 
 

@@ -92,7 +92,7 @@ class Spread:
 
 
 def comparison_folder(config: Mapping[str, Any], signatures: Sequence[str]) -> Path:
-    """Where a comparison of the trainings with these `signatures` goes: the same folder if it is made again that day."""
+    """Where a comparison of trainings with these `signatures` goes: repeated on the same day, to the same folder."""
     compared = signature({"trainings": sorted(signatures), "compare": config["compare"]})
     model = Path(config["model"]["path"]).name if config["model"]["path"] else config["model"]["name"]
     parts = ["compare", config["task"]["name"], model, compared]

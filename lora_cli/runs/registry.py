@@ -9,7 +9,7 @@ from typing import Any
 from lora_cli.errors import RunError, UnknownName
 from lora_cli.runs.directory import RunDirectory, read_json, read_saved_config, result_keys, signature
 
-__all__ = ["find_run", "is_bare_adapter", "run_of"]
+__all__ = ["find_adapter", "find_run", "is_bare_adapter", "run_of"]
 
 _ROOT = Path("runs")
 
@@ -40,6 +40,21 @@ def find_run(name: str) -> Path:
     if len(found) > 1:
         raise RunError(f"run={name}: fits {len(found)} runs: {', '.join(run.name for run in found[:4])}")
     return found[0]
+
+
+def find_adapter(name: str) -> Path:
+    """The adapter folder of the run that `find_run` finds, or the adapter that it is.
+
+    Raises:
+        RunError: the run has no adapter yet.
+    """
+    path = find_run(name)
+    if is_bare_adapter(path):
+        return path
+    adapter = RunDirectory(path).adapter
+    if not adapter.is_dir():
+        raise RunError(f"{path}: has no adapter; lora train resume=auto finishes a run")
+    return adapter
 
 
 def is_bare_adapter(path: Path) -> bool:

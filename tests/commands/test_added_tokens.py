@@ -7,8 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
+from safetensors.torch import load_file
 
 from commands.conftest import FILMS, MODEL, write_csv
+from lora_cli.config import conf_dir
 from lora_cli.models import load_base
 from lora_cli.spec import ModelSpec
 from lora_cli.tokenizer import load_tokenizer
@@ -65,6 +68,15 @@ def test_a_run_and_its_adapter_alone_give_the_figures_of_the_training(lora, mode
     assert "was trained with model.add_tokens=" in answer.err
 
 
+def test_a_token_in_a_text_is_one_token_whose_row_learns(data, call) -> None:
+    rows = load_file(train(call, "model=tiny-llama", *WRITES) / "adapter/adapter_model.safetensors")
+    start = load_base(ModelSpec(**TINY_LLAMA, add_tokens=["<data>", "</data>"]), **HEAD)
+    for name in ("model.embed_tokens", "lm_head"):
+        before = start.model.get_submodule(name).weight[list(start.new_rows)]
+        after = rows[f"base_model.model.{name}.token_adapter.trainable_tokens_delta"]
+        assert ((after - before).abs().mean(1) > 1e-3).all()
+
+
 def test_a_classifier_reads_them(data, call) -> None:
     run = train(call, *MODEL, *READS)
     assert evaluate(call, "run=run") == json.loads((run / "run.json").read_text())["metrics"]["validation"]
@@ -96,6 +108,7 @@ def test_tokens_that_no_text_holds_are_no_fault(films, call) -> None:
     train(call, "model=tiny-llama", *WRITES)
 
 
+TINY_LLAMA = yaml.safe_load((conf_dir() / "model/tiny-llama.yaml").read_text())
 HEAD = {"num_outputs": 0, "labels": None, "problem": "generation", "seed": 0}
 GPT2 = {"name": "x", "family": "gpt2", "random": {"n_embd": 16, "n_layer": 1, "n_head": 2}}
 

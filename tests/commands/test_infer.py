@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from conftest import Completed
 
-from commands.conftest import Finished, read_jsonl
+from commands.conftest import Finished, read_jsonl, write_csv
+from lora_cli.terminal import plain
 
 
 @pytest.fixture
@@ -83,7 +86,10 @@ def test_a_text_is_taken_as_it_stands(text, here, call) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["run=copy"], 'give one of text="..." and input=FILE'),
+        (["run=copy"], 'give one of text="...", prompt="..." and input=FILE'),
+        (["run=copy", "prompt=a"], "text_classification writes no text; give it as text="),
+        (["run=copy", "prompt=a", "output=b.csv"], "its answer goes to the terminal; give text= with output="),
+        (["run=copy", "prompt=a", "text=b"], "give one of"),
         (["run=copy", "text=a", "input=train.csv"], "give one of"),
         (["run=copy", "text=a", "text_pair=b"], "this task reads text"),
         (["run=copy", "text_pair=b"], "give one of"),
@@ -107,3 +113,117 @@ def test_an_error_in_a_late_row_leaves_no_output(here, call) -> None:
     assert answer.code == 2
     assert "in.jsonl:6" in answer.err
     assert not Path("out.jsonl").exists()
+
+
+SHORT = ("task.decode.max_new_tokens=12", "task.decode.num_beams=1", "device.threads=1")
+DRAWN = ("task.decode.sample=true", "task.decode.temperature=4.0")
+PUBS = [
+    {"id": number, "meaning_representation": f"name[{name}], eatType[pub]", "human_reference": f"{name} is a pub."}
+    for number, name in enumerate(("Blue Spice", "The Mill", "Wildwood", "The Mill") * 4)
+]
+
+
+@pytest.fixture(scope="module")
+def pubs(tmp_path_factory: pytest.TempPathFactory, lora: Callable[..., Completed]) -> Finished:
+    """A run on structured data, with columns named as in E2E, which writes bytes without sense."""
+    home = tmp_path_factory.mktemp("pubs")
+    write_csv(home / "pubs.csv", PUBS)
+    words = ["task=e2e", "model=tiny-gpt2", "task.data.train=pubs.csv", "train.max_steps=2", "device.threads=1"]
+    process = lora("train", *words, *SHORT[:2], "task.metrics=[perplexity]", cwd=home)
+    assert process.returncode == 0, process.stderr
+    return Finished(home, (home / "runs" / "latest").resolve(), process, {})
+
+
+@pytest.fixture
+def answers(call, pubs: Finished) -> Callable[..., list[dict[str, str]]]:
+    """The JSON lines that `lora infer` prints."""
+
+    def run(*words: str) -> list[dict[str, str]]:
+        answer = call("infer", f"run={pubs.path}", *SHORT, *words)
+        assert (answer.code, answer.err) == (0, "")
+        return [json.loads(line) for line in answer.out.splitlines()]
+
+    return run
+
+
+def test_an_answer_to_a_prompt_is_plain_text(pubs: Finished, lora) -> None:
+    prompt = PUBS[0]["meaning_representation"]
+    streamed = lora("infer", "run=latest", f"prompt={prompt}", *SHORT, *DRAWN, cwd=pubs.home)
+    line = lora("infer", "run=latest", f"text={prompt}", *SHORT, *DRAWN, cwd=pubs.home)
+    assert (streamed.returncode, streamed.stderr) == (line.returncode, line.stderr) == (0, "")
+    answer = json.loads(line.stdout)
+    assert answer["meaning_representation"] == prompt
+    assert streamed.stdout == plain(answer["prediction"]) + "\n" != "\n"
+
+
+def test_structured_data_is_read_from_every_kind_of_file_in_order(answers, call, pubs: Finished) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    write_csv(Path("in.csv"), PUBS)
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PUBS))
+    parquet.write_table(pyarrow.Table.from_pylist(PUBS), "in.parquet")
+    rows = answers("input=in.csv", "batch_size=3")
+    assert [list(row) for row in rows] == [["meaning_representation", "prediction"]] * len(PUBS)
+    assert [row["meaning_representation"] for row in rows] == [row["meaning_representation"] for row in PUBS]
+    assert rows == answers("input=in.jsonl", "batch_size=3") == answers("input=in.parquet", "batch_size=5")
+
+    words = [f"run={pubs.path}", *SHORT, "input=in.csv", "batch_size=3"]
+    for kind in ("jsonl", "csv", "parquet"):
+        assert call("infer", *words, f"output=out.{kind}").code == 0
+    assert read_jsonl(Path("out.jsonl")) == parquet.read_table("out.parquet").to_pylist() == rows
+    with Path("out.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["meaning_representation"] for row in csv.DictReader(file)] == [
+            row["meaning_representation"] for row in PUBS
+        ]
+
+
+def test_drawn_answers_depend_on_the_seed_not_on_how_fast_lines_come_in(answers, monkeypatch) -> None:
+    lines = [str(row["meaning_representation"]) for row in PUBS[:4]]
+    slow, fast, other = (
+        answers("input=-", *DRAWN, seed) for seed in with_stdin(monkeypatch, lines, ("seed=3", "seed=3", "seed=4"))
+    )
+    assert slow == fast != other
+    assert slow[1]["prediction"] != slow[3]["prediction"], "the same prompt, drawn twice"
+
+
+def with_stdin(monkeypatch: pytest.MonkeyPatch, lines: Sequence[str], seeds: Sequence[str]):
+    """Each of `seeds`, with `lines` on standard input anew."""
+    import io
+    import sys
+
+    for seed in seeds:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+        yield seed
+
+
+def test_a_line_of_text_is_a_conversation_and_a_file_may_hold_whole_ones(talking: Finished, call) -> None:
+    asked = [{"role": "user", "content": "hi \ud83d"}]
+    Path("in.jsonl").write_text(json.dumps({"messages": asked}) + "\n")
+    Path("in.txt").write_text("hi\n")
+    words = [f"run={talking.path}", "task.decode.max_new_tokens=4"]
+    assert json.loads(call("infer", *words, "input=in.txt").out)["messages"] == [{"role": "user", "content": "hi"}]
+    assert call("infer", *words, "input=in.jsonl", "output=out.csv").code == 0
+    with Path("out.csv").open(encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert json.loads(row["messages"]) == asked
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["prompt=nonsense"], "prompt: meaning_representation: not a list of attribute[value]"),
+        (["text=name[a]", "text_pair=b"], "e2e reads one text"),
+        (["input=in.csv"], "no column (task.format=e2e) 'meaning_representation'"),
+        (["prompt=name[a]", "task.decode.beams=2"], "Did you mean task.decode.num_beams?"),
+        (["prompt=name[a]", "task.decode.max_new_tokens=999"], "positions"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_prompt_that_cannot_be_answered_is_refused(words, says, pubs: Finished, scratch: Path, call) -> None:
+    Path("in.csv").write_text("mr\nname[a]\n")
+    answer = call("infer", f"run={pubs.path}", *words)
+    assert answer.code == 2, answer
+    assert answer.out.strip() == ""
+    assert says in answer.err
+    assert len(answer.err.splitlines()) == 1

@@ -16,7 +16,7 @@ from lora_cli.errors import AdapterError, ConfigError, UnknownName
 from lora_cli.nn.adapter import load_adapter, read_adapter, save_adapter
 from lora_cli.nn.fused import LAYOUTS, placement_of
 from lora_cli.nn.inject import Injection, adapted_layers, inject, merge
-from lora_cli.nn.targets import matrix_of
+from lora_cli.nn.kinds import matrix_of
 from lora_cli.spec import LoraSpec
 
 from .models import lm_logits, logits, tiny, tiny_lm, trained

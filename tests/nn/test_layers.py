@@ -13,8 +13,10 @@ from torch import nn
 from torch.nn import functional
 
 from lora_cli.errors import AdapterError
+from lora_cli.nn.convolutions import LoraConvolution
 from lora_cli.nn.fused import Placement
-from lora_cli.nn.layers import KINDS, LoraEmbedding, LoraLayer, LoraLinear, generator_for, kind_of
+from lora_cli.nn.kinds import KINDS, kind_of
+from lora_cli.nn.layers import LoraEmbedding, LoraLayer, LoraLinear, generator_for
 from lora_cli.nn.targets import FULL
 from lora_cli.nn.variants import SCALINGS, VARIANTS
 from lora_cli.spec import SCALINGS as SCALING_NAMES
@@ -212,7 +214,7 @@ def test_each_base_has_one_kind_of_layer(case: Case) -> None:
 
 
 def test_convolution_is_not_taken_for_gpt2s() -> None:
-    assert kind_of(nn.Conv1d(4, 4, 1)) is None
+    assert kind_of(nn.Conv1d(4, 4, 1)) is LoraConvolution
     assert kind_of(nn.Embedding(4, 4, max_norm=1.0)) is None
 
 

@@ -1,4 +1,4 @@
-"""Small multiples as SVG: a row a name, a panel a figure, a dot a value, readable on light and on dark. Knows numbers."""
+"""Small multiples as SVG, for light and dark pages: a row a name, a panel a figure, a dot a value. Knows numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from statistics import fmean
+from statistics import median
 
 from lora_cli.errors import printable
 
@@ -22,14 +22,14 @@ text { font: 13px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-s
 .quiet { font-size: 11px; fill: #59636e; }
 .paper { fill: #ffffff; }
 .line { stroke: #d1d9e0; stroke-width: 1; }
-.mean { stroke: #0969da; stroke-width: 2.5; stroke-linecap: round; }
+.middle { stroke: #0969da; stroke-width: 2.5; stroke-linecap: round; }
 .dot { fill: #0969da; fill-opacity: 0.45; }
 @media (prefers-color-scheme: dark) {
   text { fill: #f0f6fc; }
   .quiet { fill: #9198a1; }
   .paper { fill: #0d1117; }
   .line { stroke: #3d444d; }
-  .mean { stroke: #58a6ff; }
+  .middle { stroke: #58a6ff; }
   .dot { fill: #58a6ff; }
 }"""
 
@@ -45,15 +45,17 @@ class Panel:
     """A number as text."""
     axis: str = "zero"
     """Where the axis begins: at zero; near the least value (near); or (log) it has equal steps for equal ratios."""
+    middle: Callable[[Sequence[float]], float] = median
+    """What a row's bar and number stand for."""
 
 
 def dot_plot(title: str, rows: Sequence[str], panels: Sequence[Panel]) -> str:
-    """An SVG of `rows` in this order: for each panel a dot a value, a bar at their mean, and the mean as text."""
+    """An SVG of `rows` in this order: for each panel a dot a value, and their middle as a bar and as text."""
     width = 2 * _MARGIN + _NAMES + len(panels) * (_PANEL + _VALUE + _GAP) - _GAP
     height = _TOP + len(rows) * _ROW + _BOTTOM
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        f'role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
         f"<title>{_text(title)}</title>",
         f"<style>\n{_STYLE}\n</style>",
         f'<rect class="paper" width="{width}" height="{height}" rx="6"/>',
@@ -78,14 +80,13 @@ def _panel(panel: Panel, rows: Sequence[str], left: int) -> Iterator[str]:
     for number, row in enumerate(rows):
         y, values = _middle(number), panel.values.get(row, ())
         yield f'<line class="line" x1="{left}" y1="{y}" x2="{left + _PANEL}" y2="{y}"/>'
-        if not values:
-            continue
-        for value in values:
-            yield f'<circle class="dot" cx="{left + _PANEL * _share(value, least, most, panel.axis):.1f}" cy="{y}" r="4.5"/>'
-        mean = fmean(values)
-        x = left + _PANEL * _share(mean, least, most, panel.axis)
-        yield f'<line class="mean" x1="{x:.1f}" y1="{y - 8}" x2="{x:.1f}" y2="{y + 8}"/>'
-        yield f'<text x="{left + _PANEL + 10}" y="{y + 4}">{_text(panel.shown(mean))}</text>'
+        places = [left + _PANEL * _share(value, least, most, panel.axis) for value in values]
+        yield from (f'<circle class="dot" cx="{place:.1f}" cy="{y}" r="4.5"/>' for place in places)
+        if values:
+            middle = panel.middle(values)
+            place = left + _PANEL * _share(middle, least, most, panel.axis)
+            yield f'<line class="middle" x1="{place:.1f}" y1="{y - 8}" x2="{place:.1f}" y2="{y + 8}"/>'
+            yield f'<text x="{left + _PANEL + 10}" y="{y + 4}">{_text(panel.shown(middle))}</text>'
 
 
 def _middle(row: int) -> int:

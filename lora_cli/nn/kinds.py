@@ -1,0 +1,28 @@
+"""Every kind of layer that can be adapted. Knows which module is the base of which."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lora_cli.nn.convolutions import LoraConvolution
+from lora_cli.nn.layers import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear
+
+__all__ = ["KINDS", "kind_of", "matrix_of"]
+
+KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraConv1D, LoraEmbedding, LoraConvolution)
+"""In no order that matters: at most one fits a module."""
+
+
+def kind_of(module: nn.Module) -> type[LoraLayer] | None:
+    """The kind of adapted layer that `module` can be the base of, if any."""
+    return next((kind for kind in KINDS if kind.fits(module)), None)
+
+
+def matrix_of(model: nn.Module, name: str) -> Tensor:
+    """The weight (out, in) of a layer that is adapted or can be; while it is merged, the merged one."""
+    module = model.get_submodule(name)
+    if isinstance(module, LoraLayer):
+        return module.matrix
+    kind = kind_of(module)
+    assert kind is not None
+    return kind.matrix_of(module)
