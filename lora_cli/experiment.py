@@ -261,12 +261,21 @@ def score_split(
     answers: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scorer | TextScorer:
-    """A filled scorer of one split. Where the task's metrics need it, each distinct prompt is answered as well, unless
-    `answers` is off; `progress` is told (answered, of all)."""
-    found = evaluate(model, task, data.examples, device=device, batch_size=batch_size)
-    scorer = cast("Scorer | TextScorer", found)
-    if answers and task.generates:
-        assert isinstance(scorer, TextScorer) and isinstance(task, TextTask) and isinstance(data, EncodedTexts)
+    """A filled scorer of one split.
+
+    Where the task's metrics need it each distinct prompt is answered, and the losses of the references are computed
+    if perplexity is asked for too. With `answers` off (while training) there are losses only. `progress` is told
+    (answered, of all).
+    """
+    answering = answers and task.generates
+    scorer = task.scorer()
+    if not answering or "perplexity" in task.spec.metrics:
+        found = evaluate(model, task, data.examples, device=device, batch_size=batch_size)
+        scorer = cast("Scorer | TextScorer", found)
+    if answering:
+        assert isinstance(scorer, TextScorer)
+        assert isinstance(task, TextTask)
+        assert isinstance(data, EncodedTexts)
         answered = generate(
             model,
             data.queries,

@@ -16,10 +16,10 @@ CONF = PACKAGE.parent / "conf"
 LAYERS = (
     ("errors", "__init__"),
     ("spec",),
-    ("chart", "disk", "dot_plot", "families", "hub", "process", "screen", "tokenizer", "trackers", "words"),
+    ("chart", "disk", "dot_plot", "families", "hub", "process", "screen", "terminal", "tokenizer", "trackers", "words"),
     ("config", "nn", "runs", "sources", "tasks"),
     ("reader",),
-    ("engine", "help", "models", "preview"),
+    ("engine", "help", "merged", "models", "preview"),
     ("comparison_view", "experiment", "saved"),
     ("commands",),
     ("cli",),
@@ -29,7 +29,7 @@ LAYERS = (
 RANKS = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 STDLIB_ONLY = ("errors", "spec")
-TORCH_AT_IMPORT = ("nn", "engine", "experiment", "saved")
+TORCH_AT_IMPORT = ("nn", "engine", "experiment", "merged", "saved")
 HEAVY = ("torch", "transformers", "datasets", "evaluate", "sklearn", "scipy", "pyarrow", "huggingface_hub")
 COMPUTED = {f"{name}_seed" for name in ("init", "data", "dropout")}
 COMPUTED |= {f"{split}{limit}" for split in ("train", "validation", "test") for limit in ("", "_limit")}

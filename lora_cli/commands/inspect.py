@@ -69,7 +69,7 @@ def _table(found: Sequence[Spectrum], energy: float) -> Table:
 
     names = [spectrum.layer for spectrum in found]
     ranks = [2**power for power in range(4) if 2**power < max(spectrum.r for spectrum in found)]
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0), width=None)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("layer", no_wrap=True, max_width=_NAME_WIDTH)
     for heading in ("rank", "norm", "eff. rank", *(f"at {rank}" for rank in ranks), f"for {energy:.3g}"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -90,9 +90,7 @@ def _share(spectrum: Spectrum, rank: int) -> str:
 def _suggestion(found: Sequence[Spectrum], suggested: Mapping[str, int], energy: float) -> list[str]:
     """What was said, in words, and as words of a command line."""
     lines = [f"and {len(found) - _MAX_ROWS} more layers"] if len(found) > _MAX_ROWS else []
-    lines.append(
-        "eff. rank: exp of the entropy of the singular values; at k: share of the squared norm that rank k keeps"
-    )
+    lines.append("eff. rank: exp of the entropy of the singular values; at k: share of the squared norm kept")
     usual = mode(suggested.values())
     others = {name: rank for name, rank in suggested.items() if rank != usual}
     pattern = ", ".join(f"{name}: {rank}" for name, rank in others.items())

@@ -84,8 +84,8 @@ def train(
 ) -> Outcome:
     """Train `model` in place on `examples`.
 
-    `groups` are the optimizer's parameter groups, `trained` returns the tensors that a checkpoint holds, `score`
-    the metrics of the validation split. With `resume` (whose tensors are already in the model) the remaining steps
+    `groups` are the optimizer's parameter groups, `trained` returns copies of the tensors that a checkpoint holds,
+    `score` the metrics of the validation split. With `resume` (whose tensors are already in the model) the remaining steps
     are exactly those of an uninterrupted training. With `packing` a batch has the same examples, laid end to end.
 
     Raises:
@@ -159,7 +159,7 @@ def train(
             recorder.metrics(progress.step, {f"validation/{name}": value for name, value in metrics.items()})
             if objective.improves(metrics[objective.name], progress.best_value):
                 progress.best_step, progress.best_value, progress.stale = progress.step, metrics[objective.name], 0
-                best = {name: tensor.detach().clone() for name, tensor in trained().items()}
+                best = trained()
             else:
                 progress.stale += 1
             recorder.scored(progress.step, metrics, best=progress.stale == 0)

@@ -128,7 +128,9 @@ def save_adapter(
         stored.keys[0]: stored.packed(model.get_parameter(stored.parameter).detach().float().cpu()).contiguous()
         for stored in stored_tensors(model, plan, spec)
     }
-    facts |= _parts_facts(layers) | {"unlike_peft": unlike_peft(model, layers)}
+    facts |= _parts_facts(layers)
+    if unlike := unlike_peft(model, layers):
+        facts["unlike_peft"] = unlike
     documents = {_CONFIG: dict(sorted(config.items())), _FACTS: facts}
     if spec.variant == FULL:
         base = {"base_model_name_or_path": base_name, "revision": revision, "task_type": task_type}

@@ -29,7 +29,7 @@ class TextScorer:
         loss: Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor],
     ) -> None:
         self._metrics, self._loss = metrics, loss
-        self._nll, self._num_targets = 0.0, 0
+        self._nll, self._num_targets, self._num_batches = 0.0, 0, 0
         self._answers: dict[int, tuple[Query, str]] = {}
         self._found: dict[str, tuple[float | None, str | None]] = {}
 
@@ -37,6 +37,7 @@ class TextScorer:
         """Take in the losses of one batch."""
         self._found = {}
         self._nll += self._loss(logits, batch).item()
+        self._num_batches += 1
         self._num_targets += int((batch["labels"] != IGNORED).sum())
 
     def add_answer(self, query: Query, text: str) -> None:
@@ -45,7 +46,8 @@ class TextScorer:
         self._answers[query.index] = (query, text)
 
     def result(self) -> dict[str, float | None]:
-        """The task's metrics of what was taken in, by group too; then perplexity and mean loss per token."""
+        """The task's metrics of the answers, by group too, then perplexity and mean loss per token: of what was taken
+        in."""
         return {name: value for name, (value, _) in self._scored().items()}
 
     @property
@@ -78,12 +80,14 @@ class TextScorer:
             for group in groups:
                 own = [(query, text) for query, text in rows if query.group == group]
                 found |= {f"{name}/{group}": _of(name, own) for name in self._metrics if name in TEXT_METRICS}
+        return found | (self._losses() if self._num_batches else {})
+
+    def _losses(self) -> dict[str, tuple[float | None, str | None]]:
+        loss = (self._nll / self._num_targets, None) if self._num_targets else (None, "no tokens")
         try:
-            found["perplexity"] = perplexity(self._nll, self._num_targets), None
+            return {"perplexity": (perplexity(self._nll, self._num_targets), None), "loss": loss}
         except Undefined as reason:
-            found["perplexity"] = None, str(reason)
-        found["loss"] = (self._nll / self._num_targets, None) if self._num_targets else (None, "no tokens")
-        return found
+            return {"perplexity": (None, str(reason)), "loss": loss}
 
 
 def _of(name: str, rows: Sequence[tuple[Query, str]]) -> tuple[float | None, str | None]:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import Completed
 
 from commands.conftest import Finished, read_jsonl, write_csv
+from conftest import Completed
 from lora_cli.terminal import plain
 
 
@@ -146,12 +146,11 @@ def answers(call, pubs: Finished) -> Callable[..., list[dict[str, str]]]:
     return run
 
 
-def test_an_answer_to_a_prompt_is_plain_text(pubs: Finished, lora) -> None:
+def test_an_answer_to_a_prompt_is_plain_text(pubs: Finished, lora, answers) -> None:
     prompt = PUBS[0]["meaning_representation"]
     streamed = lora("infer", "run=latest", f"prompt={prompt}", *SHORT, *DRAWN, cwd=pubs.home)
-    line = lora("infer", "run=latest", f"text={prompt}", *SHORT, *DRAWN, cwd=pubs.home)
-    assert (streamed.returncode, streamed.stderr) == (line.returncode, line.stderr) == (0, "")
-    answer = json.loads(line.stdout)
+    assert (streamed.returncode, streamed.stderr) == (0, "")
+    (answer,) = answers(f"text={prompt}", *DRAWN)
     assert answer["meaning_representation"] == prompt
     assert streamed.stdout == plain(answer["prediction"]) + "\n" != "\n"
 
