@@ -1,10 +1,10 @@
 """What an adapted model has to beat: the base model as it is, and the first sentences of a text.
 
-    python benchmarks/baselines.py untrained task=e2e model=gpt2 task.split=test task.data.test_limit=200
+    python benchmarks/baselines.py untrained task=e2e model=gpt2 task.split=test
     python benchmarks/baselines.py lead3 task=samsum task.split=test
 
-`untrained` takes the words of `lora train` and scores the split with an adapter that changes nothing yet. `lead3` answers
-each prompt with the first three lines of its data (of a dialogue: its first three turns) and needs no model.
+`untrained` takes the words of `lora train` and scores the split with an adapter that changes nothing yet. `lead3`
+answers each prompt with the first three lines of its data (of a dialogue: its first three turns) and needs no model.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @contextlib.contextmanager
 def rounded(model: torch.nn.Module, dtype: str) -> Iterator[None]:
-    """Within the block every weight has the value that storing it as `dtype` leaves; then it is as before, bit for bit."""
+    """Within the block every weight has the value that storing it as `dtype` leaves; then its old one, bit for bit."""
     originals = {name: parameter.data for name, parameter in model.named_parameters()}
     try:
         for parameter in model.parameters():

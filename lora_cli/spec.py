@@ -878,17 +878,17 @@ class CompareRun:
 
 VERBS: dict[str, type] = {
     "train": TrainRun,
-    "compare": CompareRun,
     "eval": EvalRun,
     "infer": InferRun,
     "chat": ChatRun,
+    "data": DataRun,
+    "compare": CompareRun,
     "merge": MergeRun,
     "inspect": InspectRun,
     "export": ExportRun,
     "import": ImportRun,
     "combine": CombineRun,
     "fetch": FetchRun,
-    "data": DataRun,
 }
 """Verb → the dataclass of its config; the first line of its docstring is its help."""
 

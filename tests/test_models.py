@@ -478,5 +478,5 @@ def test_a_decoder_without_its_head_is_refused_by_the_name_of_what_it_lacks(tmp_
     weights = load_file(tmp_path / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="lack lm_head.weight"):
+    with pytest.raises(ModelError, match=r"lack lm_head\.weight"):
         load_writer(at(tmp_path))

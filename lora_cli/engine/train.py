@@ -85,8 +85,8 @@ def train(
     """Train `model` in place on `examples`.
 
     `groups` are the optimizer's parameter groups, `trained` returns copies of the tensors that a checkpoint holds,
-    `score` the metrics of the validation split. With `resume` (whose tensors are already in the model) the remaining steps
-    are exactly those of an uninterrupted training. With `packing` a batch has the same examples, laid end to end.
+    `score` the metrics of the validation split. With `resume` (whose tensors are already in the model) the remaining
+    steps are exactly those of an uninterrupted training. With `packing` a batch has the same examples, laid end to end.
 
     Raises:
         TrainingFailure: a loss or gradient is not finite, or a self-check fails.

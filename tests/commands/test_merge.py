@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def test_nothing_is_overwritten(finished, call, monkeypatch, tmp_path) -> None:
     answer = call("merge", "run=latest", f"output={tmp_path / 'here'}")
     assert answer.code == 2
     assert "exists already" in answer.err
-    assert os.listdir(tmp_path / "here") == []
+    assert not any((tmp_path / "here").iterdir())
 
 
 @pytest.mark.parametrize("word", ["dtype=int8", "shard_size=5", "rows=-1"])

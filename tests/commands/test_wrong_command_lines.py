@@ -25,7 +25,7 @@ CASES = [
     (1, ["train", "~nope"], ["nope"]),
     (1, ["eval", "run=latest", "lora.r=4"], ["run=latest", "no finished run"]),
     (1, ["--tain"], ["--tain: no such verb"]),
-    (1, ["trian"], ["Did you mean train?", "train, eval, infer, fetch"]),
+    (1, ["trian"], ["Did you mean train?", "train, eval, infer, chat"]),
     (1, ["TRAIN"], ["Did you mean train?"]),
     (1, ["train", "--foo"], ["--foo: no such flag", "--multirun"]),
     (1, ["train", "--cfg"], ["--cfg", "job, hydra, all"]),

@@ -54,7 +54,7 @@ def run(model: Bag, spec: TrainSpec, *, data: list[Item] | None = None, resume=N
         data or items(),
         spec,
         groups=[{"params": list(model.head.parameters()), "lr": spec.lr, "weight_decay": spec.weight_decay}],
-        trained=lambda: {name: p for name, p in model.named_parameters() if p.requires_grad},
+        trained=lambda: {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad},
         score=lambda: evaluate(model, Letters(), items(20, seed=9), device=device, batch_size=8).result(),
         objective=Objective("accuracy", greater_is_better=True),
         device=device,
