@@ -18,14 +18,15 @@ __all__ = ["TEMPLATES", "Chat"]
 
 TEMPLATES: dict[str, str | None] = {
     "tokenizer": None,
-    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}"
-    "{% if m.role == 'assistant' and eos_token != '<|im_end|>' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + turn_end }}"
+    "{% if m.role == 'assistant' and eos_token != turn_end %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     "plain": "{% for m in messages %}{{ m.role | capitalize + ': ' + m.content }}"
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}",
 }
 """task.template → the template in Jinja; None: the one that the tokenizer brings."""
+_TURN_END = "<|im_end|>"
 _ROLES = ("system", "user", "assistant")
 _ALIASES = {"human": "user", "gpt": "assistant", "from": "role", "value": "content"}
 """What other tools call roles and keys."""
@@ -159,11 +160,13 @@ class Chat(TextTask[ChatSpec]):
         template = TEMPLATES[self.spec.template]
         if template is None and not getattr(writer.tokenizer, "chat_template", None):
             raise ConfigError("task.template", "tokenizer", "this model's tokenizer has none: chatml or plain")
+        # To a tokenizer that lacks it, ChatML's mark is but words, which an answer would end in.
+        turn_end = _TURN_END if _TURN_END in writer.tokenizer.get_added_vocab() else writer.tokenizer.eos_token
         guarded = [{**message, "content": writer.guarded(message["content"])} for message in messages]
         try:
             return str(
                 writer.tokenizer.apply_chat_template(
-                    guarded, chat_template=template, tokenize=False, add_generation_prompt=ask
+                    guarded, chat_template=template, tokenize=False, add_generation_prompt=ask, turn_end=turn_end
                 )
             )
         except Exception as error:

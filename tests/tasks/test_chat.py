@@ -86,7 +86,12 @@ PLAIN = "System: Be kind\nUser: Hi\nAssistant: Hello<|endoftext|>\nUser: Bye\nAs
         (smollm2(), "tokenizer", ["<|im_end|>", "<|im_end|>"], CHATML),
         (smollm2(), "chatml", ["<|im_end|>", "<|im_end|>"], CHATML),
         (llama3(), "tokenizer", ["<|eot|>", "<|eot|><|endoftext|>"], LLAMA3_TEXT),
-        (reader_like("gpt2"), "chatml", ["<|im_end|><|endoftext|>", "<|im_end|><|endoftext|>"], CHATML),
+        (
+            reader_like("gpt2"),
+            "chatml",
+            ["<|endoftext|>", "<|endoftext|>"],
+            CHATML.replace("<|im_end|>", "<|endoftext|>"),
+        ),
         (reader_like("gpt2"), "plain", ["<|endoftext|>", "<|endoftext|>"], PLAIN),
     ],
     ids=["smollm2", "chatml-special", "llama3", "chatml", "plain"],
