@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _MAX_NAMES = 12
-_MAX_LISTED = 210
+_MAX_LISTED = 180
 """Names, and characters of them, listed in a message; more would not fit on the one line a person reads."""
 
 
