@@ -50,8 +50,12 @@ def run(spec: ChatRun, *, directory: Path | None = None, overrides: Sequence[str
         screen.fact("chat", _HELP)
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - gives input() its line editing
+    stopped = False
     for number in itertools.count():
         try:
+            if stopped:
+                print()  # in here, where another Ctrl-C does no harm
+                stopped = False
             if not _turn(conversation, spec.seed + number, screen, on_terminal=on_terminal):
                 return
         except (UserError, KeyboardInterrupt) as error:
@@ -60,7 +64,7 @@ def run(spec: ChatRun, *, directory: Path | None = None, overrides: Sequence[str
                 raise
             if isinstance(error, UserError):
                 screen.warning(str(error))
-            print()
+            stopped = True
 
 
 def _turn(conversation: Conversation, seed: int, screen: Screen, *, on_terminal: bool) -> bool:
