@@ -110,14 +110,18 @@ def _stopped(tokenizer: Any, stops: Sequence[str], start: int) -> Callable[..., 
 
 @contextmanager
 def _without_settings(model: Any) -> Iterator[None]:
-    """What a config leaves open, transformers fills from the checkpoint's: forced tokens, least lengths, and such."""
+    """What a config leaves open, transformers fills from the checkpoint's: forced tokens, least lengths, and such.
+
+    And where it drops a mask of ones, it takes an end mark that is the pad token for padding, and prints advice.
+    """
     from transformers import GenerationConfig
 
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    own, pad = model.generation_config, model.config.pad_token_id
+    model.generation_config, model.config.pad_token_id = GenerationConfig(), None
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config, model.config.pad_token_id = own, pad
 
 
 def _padded(sequences: Sequence[list[int]], pad: int, *, left: bool) -> Mapping[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lora_cli.engine.device import open_device
 from lora_cli.engine.generate import generate
@@ -220,3 +220,19 @@ def test_batches_come_longest_first_and_tell_how_far_they_are(tokenizer) -> None
     )
     assert [number for number, _ in found] == [1, 3, 4, 0, 2]
     assert told == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_a_prompt_that_ends_in_the_pad_token_is_no_forgotten_mask(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, warned = tiny_lm("gpt2"), []
+    model.config.pad_token_id = EOS
+
+    def note(self: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        warned.append(attention_mask is None and self.config.pad_token_id is not None)
+
+    monkeypatch.setattr(PreTrainedModel, "warn_if_padding_and_no_attention_mask", note)
+    answers(model, tokenizer, DecodeSpec(max_new_tokens=2), prompts=[[1, 5, EOS]])
+    assert warned
+    assert not any(warned)
+    assert model.config.pad_token_id == EOS
