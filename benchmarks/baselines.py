@@ -16,7 +16,7 @@ from pathlib import Path
 from lora_cli.config import Job, launch
 from lora_cli.errors import LoraError
 from lora_cli.spec import GenerationSpec, TrainRun
-from lora_cli.tasks import build_task, load_splits
+from lora_cli.tasks import build_task, load_rows
 from lora_cli.tasks.text import text_score
 
 Scores = dict[str, float | None]
@@ -28,9 +28,7 @@ def untrained(spec: TrainRun) -> Scores:
 
     task = build_task(spec.task)
     split = spec.task.split
-    rows = load_splits(
-        spec.task.data, ["train", split], label=task.label, regression=task.regression, seed=spec.seed_for("data")
-    )
+    rows = load_rows(task, ["train", split], seed=spec.seed_for("data"))
     task.fit_labels(rows["train"])
     experiment = Experiment.build(spec, task, rows)
     done = experiment.score(split, progress=lambda done, total: print(f"{done}/{total}", file=sys.stderr))
@@ -43,8 +41,9 @@ def lead3(spec: TrainRun) -> Scores:
     """The task's metrics of answers that are the first three lines of the prompt's first column."""
     task = spec.task
     assert isinstance(task, GenerationSpec), "lead3 is for texts that have a reference"
-    column, target = (build_task(task).columns[0], task.target.strip(" {}"))
-    rows = load_splits(task.data, [task.split], label=None, regression=False, seed=0)[task.split]
+    built = build_task(task)
+    column, target = built.columns[0], task.target.strip(" {}")
+    rows = load_rows(built, [task.split], seed=0)[task.split]
     answers = [" ".join(row[column].splitlines()[:3]) for row in rows]
     references = [[row[target]] for row in rows]
     found = {name: text_score(name, predictions=answers, references=references)[0] for name in task.metrics}

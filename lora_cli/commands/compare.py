@@ -32,7 +32,7 @@ from lora_cli.runs.comparison import (
 from lora_cli.runs.directory import RunDirectory, signature
 from lora_cli.screen import Screen, significant
 from lora_cli.spec import CompareRun, TrainRun
-from lora_cli.tasks import build_task, load_splits
+from lora_cli.tasks import build_task, load_rows
 
 if TYPE_CHECKING:
     from lora_cli.engine.memory import Footprint
@@ -183,7 +183,7 @@ def _is_finished(kept: RunDirectory, job: _Job) -> bool:
         return False
     task, seed = build_task(job.spec.task), job.spec.seed_for("data")
     known = {split: part["fingerprint"] for split, part in facts["data"].items()}
-    rows = load_splits(job.spec.task.data, list(known), label=task.label, regression=task.regression, seed=seed)
+    rows = load_rows(task, list(known), seed=seed)
     return known == {split: found.fingerprint for split, found in rows.items()}
 
 
@@ -220,7 +220,7 @@ def _count(spec: CompareRun, jobs: Sequence[_Job], folder: Path, screen: Screen)
 
     task = build_task(spec.task)
     seed = jobs[0].spec.seed_for("data")
-    rows = load_splits(spec.task.data, ["train"], label=task.label, regression=task.regression, seed=seed)["train"]
+    rows = load_rows(task, ["train"], seed=seed)["train"]
     task.fit_labels(rows)
     few = {"train": rows.select(range(min(_FEW, len(rows))))}
     found: dict[str, Footprint] = {}

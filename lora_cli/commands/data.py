@@ -17,7 +17,7 @@ from lora_cli.reader import ModelReader, load_reader
 from lora_cli.runs.directory import write_json
 from lora_cli.screen import Screen
 from lora_cli.spec import DataRun, TrainSpec
-from lora_cli.tasks import Encoded, EncodedTexts, Rows, Task, TextTask, build_task, load_splits
+from lora_cli.tasks import Encoded, EncodedTexts, Rows, Task, TextTask, build_task, load_rows
 from lora_cli.tasks.audit import Audit, Padding, audit_splits, padding_share
 from lora_cli.tasks.concerns import concerns
 
@@ -74,7 +74,7 @@ def _load_rows(spec: DataRun, task: Task, screen: Screen) -> dict[str, Rows]:
 
 
 def _loaded(spec: DataRun, task: Task, splits: Sequence[str]) -> dict[str, Rows]:
-    return load_splits(spec.task.data, splits, label=task.label, regression=task.regression, seed=spec.data_seed)
+    return load_rows(task, splits, seed=spec.data_seed)
 
 
 def _audit(

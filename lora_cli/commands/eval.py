@@ -9,7 +9,7 @@ from lora_cli.errors import ConfigError
 from lora_cli.runs.directory import write_json, write_jsonl
 from lora_cli.screen import Screen
 from lora_cli.spec import EvalRun
-from lora_cli.tasks import load_splits
+from lora_cli.tasks import load_rows
 
 __all__ = ["run"]
 
@@ -29,13 +29,7 @@ def run(spec: EvalRun, *, directory: Path | None = None, overrides: Sequence[str
         raise ConfigError("output", spec.output, "is a file; give a folder")
     screen, split = Screen(), spec.task.split
     saved = open_saved(spec)
-    rows = load_splits(
-        spec.task.data,
-        [split],
-        label=saved.task.label,
-        regression=saved.task.regression,
-        seed=saved.data_seed,
-    )[split]
+    rows = load_rows(saved.task, [split], seed=saved.data_seed)[split]
     encoded = saved.task.encode(rows, saved)
     screen.fact("run", str(saved.path))
     screen.fact(split, f"{len(rows):,} rows of {spec.task.name}")

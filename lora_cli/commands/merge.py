@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from lora_cli.errors import ConfigError
 from lora_cli.runs.directory import write_json
 from lora_cli.screen import Screen
 from lora_cli.spec import MergeRun
-from lora_cli.tasks import load_splits
+from lora_cli.tasks import load_rows
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ def run(spec: MergeRun, *, directory: Path | None = None, overrides: Sequence[st
     saved = open_saved(spec)
     screen.fact("run", str(saved.path))
     examples = _examples(spec, saved)
-    before = [logits for logits, _ in _compared(saved, examples)]
+    before = list(_compared(saved, examples))
     changes = merge(saved.model)
     remove(saved.model)
     screen.fact("merged", f"{len(changes)} layers, largest change of a weight {max(changes.values(), default=0.0):.3g}")
@@ -70,19 +70,16 @@ def _examples(spec: MergeRun, saved: Saved) -> Sequence[Any]:
     """The rows that the certificate is about: the first ones of the task's split."""
     if not spec.rows:
         return []
-    split = spec.task.split
-    task = saved.task
-    found = load_splits(spec.task.data, [split], label=task.label, regression=task.regression, seed=saved.data_seed)
-    rows = found[split].select(range(min(spec.rows, len(found[split]))))
-    return task.encode(rows, saved).examples
+    rows = load_rows(saved.task, [spec.task.split], seed=saved.data_seed)[spec.task.split]
+    return saved.task.encode(rows.select(range(min(spec.rows, len(rows)))), saved).examples
 
 
-def _compared(saved: Saved, examples: Sequence[Any]) -> Iterator[tuple[torch.Tensor, Mapping[str, torch.Tensor]]]:
-    """(logits of what is predicted, batch): a row for each label, or for each token to be written."""
+def _compared(saved: Saved, examples: Sequence[Any]) -> Iterator[torch.Tensor]:
+    """Logits of what is predicted, batch by batch: a row for each label, or for each token to be written."""
     from lora_cli.engine.evaluate import predict
 
     for _, logits, batch in predict(saved.model, saved.task, examples, device=saved.device, batch_size=_BATCH):
-        yield saved.task.decisions(logits, batch).float(), batch
+        yield saved.task.decisions(logits, batch)
 
 
 def _certificate(saved: Saved, examples: Sequence[Any], before: Sequence[torch.Tensor], dtype: str) -> dict[str, float]:
@@ -90,7 +87,7 @@ def _certificate(saved: Saved, examples: Sequence[Any], before: Sequence[torch.T
     from lora_cli.merged import rounded
 
     with rounded(saved.model, dtype):
-        after = [logits for logits, _ in _compared(saved, examples)]
+        after = list(_compared(saved, examples))
     gaps = [(new - old).abs() for new, old in zip(after, before, strict=True)]
     decisions = sum(len(gap) for gap in gaps)
     changed = sum(

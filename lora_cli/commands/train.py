@@ -19,7 +19,7 @@ from lora_cli.runs.registry import run_of
 from lora_cli.runs.report import model_card
 from lora_cli.screen import Screen, count
 from lora_cli.spec import TaskSpec, TextSpec, TrainRun
-from lora_cli.tasks import Encoded, EncodedTexts, Rows, Task, build_task, load_splits, overlap, repeats
+from lora_cli.tasks import Encoded, EncodedTexts, Rows, Task, build_task, load_rows, overlap, repeats
 from lora_cli.trackers import Tracker, check_tracker, open_tracker
 
 if TYPE_CHECKING:
@@ -81,8 +81,7 @@ def run(spec: TrainRun, *, directory: Path | None = None, overrides: Sequence[st
 def _load_rows(spec: TrainRun, task: Task, screen: Screen) -> dict[str, Rows]:
     """Every split that the run reads, with its labels known, and a warning for what looks wrong."""
     needed = list(dict.fromkeys(["train", "validation", *_scored_splits(spec)]))
-    seed = spec.seed_for("data")
-    rows = load_splits(spec.task.data, needed, label=task.label, regression=task.regression, seed=seed)
+    rows = load_rows(task, needed, seed=spec.seed_for("data"))
     task.fit_labels(rows["train"])
     for found in rows.values():
         task.check(found)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli import __version__
+from lora_cli.disk import atomic_folder
 from lora_cli.errors import AdapterError, ConfigError, printable
 from lora_cli.nn.convolutions import unlike_peft
 from lora_cli.nn.inject import Injection, adapted_layers, inject_plan
@@ -40,12 +41,22 @@ from lora_cli.nn.tokens import token_layers
 from lora_cli.nn.untrusted import TensorEntry, read_header, read_json, read_tensor, where
 from lora_cli.spec import LoraSpec
 
-__all__ = ["AdapterFile", "fingerprint", "load_adapter", "read_adapter", "save_adapter"]
+__all__ = [
+    "CONFIG_FILE",
+    "FACTS_FILE",
+    "WEIGHTS_FILE",
+    "AdapterFile",
+    "fingerprint",
+    "load_adapter",
+    "read_adapter",
+    "save_adapter",
+    "write_files",
+]
 
-_CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 _MODEL = "model.safetensors"
-_FACTS = "lora.json"
+FACTS_FILE = "lora.json"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _FORMAT = 1
 _SAMPLES = 64
@@ -131,11 +142,14 @@ def save_adapter(
     facts |= _parts_facts(layers)
     if unlike := unlike_peft(model, layers):
         facts["unlike_peft"] = unlike
-    documents = {_CONFIG: dict(sorted(config.items())), _FACTS: facts}
+    documents = {CONFIG_FILE: dict(sorted(config.items())), FACTS_FILE: facts}
     if spec.variant == FULL:
         base = {"base_model_name_or_path": base_name, "revision": revision, "task_type": task_type}
-        documents = {_FACTS: facts | {FULL: base}}
-    _write_folder(folder, documents, _weights_of(spec), tensors)
+        documents = {FACTS_FILE: facts | {FULL: base}}
+    known = any((folder / name).exists() for name in (CONFIG_FILE, FACTS_FILE))
+    if folder.exists() and any(folder.iterdir()) and not known:
+        raise AdapterError(f"{where(folder)}: there is something else; name a new folder")
+    write_files(folder, documents, _weights_of(spec), tensors)
 
 
 def read_adapter(folder: Path) -> AdapterFile:
@@ -144,20 +158,20 @@ def read_adapter(folder: Path) -> AdapterFile:
     Raises:
         AdapterError: a file is missing, damaged, of a kind that is never opened, or asks for what is not supported.
     """
-    facts = _read_facts(folder / _FACTS)
+    facts = _read_facts(folder / FACTS_FILE)
     if FULL in facts:
-        config = _full_config(facts[FULL], folder / _FACTS)
-    elif os.path.lexists(folder / _CONFIG):
-        config = parse_config(read_json(folder / _CONFIG), where(folder / _CONFIG))
+        config = _full_config(facts[FULL], folder / FACTS_FILE)
+    elif os.path.lexists(folder / CONFIG_FILE):
+        config = parse_config(read_json(folder / CONFIG_FILE), where(folder / CONFIG_FILE))
     else:
-        raise AdapterError(f"{where(folder)}: no adapter here ({_CONFIG} is missing)")
+        raise AdapterError(f"{where(folder)}: no adapter here ({CONFIG_FILE} is missing)")
     weights = _weights_of(config.spec)
     if not os.path.lexists(folder / weights):
         pickles = [name for name in _PICKLES if os.path.lexists(folder / name)]
         hint = f"; {pickles[0]} is a pickle, which is never opened: save it as safetensors" if pickles else ""
         raise AdapterError(f"{where(folder)}: {weights} is missing{hint}")
     tensors = read_header(folder / weights)
-    parts = _parse_parts(facts.get("parts", {"layers": {}}), folder / _FACTS)
+    parts = _parse_parts(facts.get("parts", {"layers": {}}), folder / FACTS_FILE)
     rest = facts.get("fingerprint"), facts.get("extra", {}), parts, facts.get("unlike_peft", {})
     return AdapterFile(folder, config, tensors, *rest)
 
@@ -187,12 +201,12 @@ def load_adapter(
         )
     plan = Plan({}, tuple(fresh))
     if file.config.spec.variant != FULL:
-        plan = _with_parts(plan_from(model, file.config, fresh, where(file.folder / _CONFIG)), file)
+        plan = _with_parts(plan_from(model, file.config, fresh, where(file.folder / CONFIG_FILE)), file)
         _check_unlike(file, unlike_peft(model, plan.layers))
     try:
         check_plan(model, plan, file.config.spec)
     except ConfigError as error:
-        raise AdapterError(f"{where(file.folder / _CONFIG)}: {printable(error, 180)}") from error
+        raise AdapterError(f"{where(file.folder / CONFIG_FILE)}: {printable(error, 180)}") from error
     tensors = _read_tensors(file, stored_tensors(model, plan, file.config.spec), ignored_keys(model, plan))
     injection = inject_plan(model, plan, file.config.spec)
     with torch.no_grad():
@@ -226,7 +240,7 @@ def _read_tensors(file: AdapterFile, expected: Sequence[StoredTensor], ignored: 
 
 
 def _weights_of(spec: LoraSpec) -> str:
-    return _MODEL if spec.variant == FULL else _WEIGHTS
+    return _MODEL if spec.variant == FULL else WEIGHTS_FILE
 
 
 def _full_config(value: Any, path: Path) -> PeftConfig:
@@ -242,7 +256,7 @@ def _check_unlike(file: AdapterFile, layers: Mapping[str, str]) -> None:
     """Refuse tensors that meant something else where they were trained."""
     for name, why in layers.items():
         if file.unlike_peft.get(name) != why:
-            raise AdapterError(f"{where(file.folder / _CONFIG)}: {printable(name, 60)}: {why}")
+            raise AdapterError(f"{where(file.folder / CONFIG_FILE)}: {printable(name, 60)}: {why}")
 
 
 def _parts_facts(layers: Mapping[str, LayerPlan]) -> dict[str, Any]:
@@ -273,8 +287,8 @@ def _with_parts(plan: Plan, file: AdapterFile) -> Plan:
     for name, parts in file.parts.items():
         layer, (r, alpha) = layers.get(name), stored_scale(parts, file.config.spec.scaling)
         if layer is None or layer.r != r or not math.isclose(layer.alpha, alpha, rel_tol=1e-9):
-            known = f"r={r}, alpha={alpha:g} in {_CONFIG}"
-            raise AdapterError(f"{where(file.folder / _FACTS)}: parts of {printable(name, 60)} need {known}")
+            known = f"r={r}, alpha={alpha:g} in {CONFIG_FILE}"
+            raise AdapterError(f"{where(file.folder / FACTS_FILE)}: parts of {printable(name, 60)} need {known}")
         layers[name] = replace(parts, pattern=layer.pattern)
     return replace(plan, layers=layers)
 
@@ -296,36 +310,15 @@ def _read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _write_folder(folder: Path, documents: Mapping[str, object], weights: str, tensors: Mapping[str, Tensor]) -> None:
+def write_files(folder: Path, documents: Mapping[str, object], weights: str, tensors: Mapping[str, Tensor]) -> None:
+    """Make or replace `folder`: each document as JSON, and `tensors` in the file `weights`; all of it or nothing."""
     from safetensors.torch import save_file
 
-    if folder.exists() and any(folder.iterdir()) and not any((folder / name).exists() for name in (_CONFIG, _FACTS)):
-        raise AdapterError(f"{where(folder)}: there is something else; name a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, replaced = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with atomic_folder(folder) as temporary:
         for name, document in documents.items():
-            _write(temporary / name, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+            text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+            (temporary / name).write_text(text, encoding="utf-8")
         # Not made in memory first, as a whole model is large.
         save_file(dict(tensors), temporary / weights, metadata={"format": "pt"})
-        with (temporary / weights).open("rb") as file:
-            os.fsync(file.fileno())
         # safetensors makes it unreadable for others.
-        shutil.copymode(temporary / _FACTS, temporary / weights)
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            folder.rename(replaced)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        shutil.copymode(temporary / next(iter(documents)), temporary / weights)

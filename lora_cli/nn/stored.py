@@ -7,7 +7,6 @@ is. Dimensions in names: I in, O out, R rank.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,9 +19,8 @@ import torch
 from torch import Tensor
 
 from lora_cli import __version__
-from lora_cli.disk import atomic_folder, write_atomic
 from lora_cli.errors import AdapterError, printable
-from lora_cli.nn.adapter import read_adapter
+from lora_cli.nn.adapter import CONFIG_FILE, FACTS_FILE, WEIGHTS_FILE, read_adapter, write_files
 from lora_cli.nn.peft_config import NO_TARGETS, PeftConfig, parse_config
 from lora_cli.nn.peft_format import PREFIX
 from lora_cli.nn.targets import FULL, LayerPlan
@@ -30,7 +28,6 @@ from lora_cli.nn.untrusted import read_json, read_tensor, where
 from lora_cli.nn.variants import SCALINGS
 
 __all__ = [
-    "CONFIG_FILE",
     "Factors",
     "StoredAdapter",
     "assemble",
@@ -40,10 +37,6 @@ __all__ = [
     "targets_of",
 ]
 
-CONFIG_FILE = "adapter_config.json"
-"""PEFT's settings in an adapter folder."""
-_WEIGHTS_FILE = "adapter_model.safetensors"
-_FACTS_FILE = "lora.json"
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
 _MAGNITUDE = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 _BASE_COPY = re.compile(r".+\.base_layer\.weight|.+\.original_module\..+")
@@ -149,11 +142,11 @@ def read_stored(folder: Path) -> StoredAdapter:
     tensors = {
         key: read_tensor(file.weights, entry) for key, entry in file.tensors.items() if not _BASE_COPY.fullmatch(key)
     }
-    facts = read_json(folder / _FACTS_FILE) if os.path.lexists(folder / _FACTS_FILE) else {}
+    facts = read_json(folder / FACTS_FILE) if os.path.lexists(folder / FACTS_FILE) else {}
     stored = assemble(read_json(folder / CONFIG_FILE), tensors, where(folder), file.config)
     for name, plan in file.parts.items():
         if name not in stored.layers or stored.layers[name].r != len(plan.parts) * plan.r:
-            raise AdapterError(f"{where(folder / _FACTS_FILE)}: parts of {printable(name, 60)} do not fit its factors")
+            raise AdapterError(f"{where(folder / FACTS_FILE)}: parts of {printable(name, 60)} do not fit its factors")
     return replace(stored, facts=facts, parts=file.parts)
 
 
@@ -199,8 +192,6 @@ def save_stored(stored: StoredAdapter, folder: Path, documents: Mapping[str, obj
 
     Factors keep their dtype.
     """
-    from safetensors.torch import save
-
     tensors = {}
     for name, layer in stored.layers.items():
         infix, end = ("lora_embedding_", "") if layer.is_embedding else ("lora_", ".weight")
@@ -211,13 +202,10 @@ def save_stored(stored: StoredAdapter, folder: Path, documents: Mapping[str, obj
     facts = {"made_by": f"lora-cli {__version__}"}
     files: dict[str, object] = {CONFIG_FILE: dict(sorted(stored.config.items())), **(documents or {})}
     if stored.facts:
-        files[_FACTS_FILE] = {**stored.facts, **facts}
+        files[FACTS_FILE] = {**stored.facts, **facts}
     # Copies: safetensors refuses tensors that share memory.
-    data = save({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, metadata={"format": "pt"})
-    with atomic_folder(folder) as temporary:
-        for file, document in files.items():
-            write_atomic(temporary / file, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-        (temporary / _WEIGHTS_FILE).write_bytes(data)
+    copies = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
+    write_files(folder, files, WEIGHTS_FILE, copies)
 
 
 def targets_of(adapters: Sequence[StoredAdapter]) -> list[str] | str:

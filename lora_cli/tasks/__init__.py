@@ -31,6 +31,7 @@ __all__ = [
     "TextScorer",
     "TextTask",
     "build_task",
+    "load_rows",
     "load_splits",
     "overlap",
     "repeats",
@@ -45,6 +46,11 @@ KINDS: dict[str, Callable[[Any], Task]] = {
     "language_modeling": LanguageModeling,
 }
 """Name of a kind, as in task.kind → its class."""
+
+
+def load_rows(task: Task, splits: Sequence[str], *, seed: int) -> dict[str, Rows]:
+    """The `splits` of a task's data; see `load_splits`."""
+    return load_splits(task.spec.data, splits, label=task.label, regression=task.regression, seed=seed)
 
 
 def build_task(spec: TaskSpec, labels: Sequence[str] | None = None) -> Task:

@@ -42,11 +42,6 @@ class Chat(TextTask[ChatSpec]):
         """The column of the conversation."""
         return (self.spec.messages,)
 
-    @property
-    def all_columns(self) -> tuple[str, ...]:
-        """Columns by which a row is a repeat of another."""
-        return self.columns
-
     def describe(self) -> str:
         """What goes in and what comes out, for people."""
         return f"{printable(self.spec.messages, 40)} → the assistant's turns"

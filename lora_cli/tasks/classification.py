@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from lora_cli.errors import ConfigError, DataError
 from lora_cli.spec import ClassificationSpec
-from lora_cli.tasks.encoding import Encoded, Example, Reader, columns_of, encode_rows, text_cells
+from lora_cli.tasks.encoding import Encoded, Example, Reader, columns_of, encode_rows, padded, text_cells
 from lora_cli.tasks.labels import label_cells, label_ids, label_names, label_numbers
 from lora_cli.tasks.rows import Rows
 from lora_cli.tasks.scoring import Scorer
@@ -130,10 +130,10 @@ class Classification:
 
         ids = [sequence for example in examples for sequence in example.input_ids]
         ones = [[1] * len(sequence) for sequence in ids]
-        batch = {"input_ids": _padded(ids, self._pad_token_id), "attention_mask": _padded(ones, 0)}
+        batch = {"input_ids": padded(ids, self._pad_token_id), "attention_mask": padded(ones, 0)}
         types = [sequence for example in examples for sequence in example.token_type_ids or ()]
         if types:
-            batch["token_type_ids"] = _padded(types, 0)
+            batch["token_type_ids"] = padded(types, 0)
         labels = [example.label for example in examples if example.label is not None]
         if labels:
             batch["labels"] = torch.tensor(labels, dtype=torch.float32 if self.spec.regression else torch.int64)
@@ -204,10 +204,3 @@ class Classification:
         if "f1" in self.spec.metrics and len(labels) > 2:
             raise ConfigError("task.metrics", "f1", f"only with two labels; these are {len(labels)}: use macro_f1")
         self.labels = labels
-
-
-def _padded(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    import torch
-
-    longest = max(map(len, sequences))
-    return torch.tensor([[*sequence, *[value] * (longest - len(sequence))] for sequence in sequences])

@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from lora_cli.errors import DataError, ModelError, printable
+from lora_cli.errors import ModelError
+from lora_cli.tasks.prompts import cell_text
 from lora_cli.tasks.rows import Rows, unknown
 
-__all__ = ["Encoded", "Example", "Reader", "columns_of", "encode_rows", "text_cells"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Encoded", "Example", "Reader", "columns_of", "encode_rows", "padded", "text_cells"]
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _CHARACTERS_PER_TOKEN = 50
 """Text beyond this many characters per token that fits is dropped before tokenizing, and counted as truncated:
 the tokenizer would else lay out all of it, for a pair all combinations of the pieces of both texts."""
@@ -130,7 +133,7 @@ def text_cells(rows: Rows, entries: Sequence[str]) -> list[list[str]]:
             raise unknown(rows.source or rows.where(0), "column (task.text)", column, rows.columns)
     cells = []
     for index, row in enumerate(rows):
-        texts = {column: _text(row, column, rows, index) for column in columns}
+        texts = {column: cell_text(row, column, "task.text", rows.where(index)) for column in columns}
         cells.append([_rendered(entry, texts) for entry in entries])
     return cells
 
@@ -140,12 +143,9 @@ def _rendered(entry: str, texts: Mapping[str, str]) -> str:
     return texts[entry] if entry in texts else _FIELD.sub(lambda field: texts[field[1]], entry)
 
 
-def _text(row: Mapping[str, object], column: str, rows: Rows, index: int) -> str:
-    if column not in row:
-        raise unknown(rows.where(index), "column (task.text)", column, row)
-    cell = row[column]
-    if not isinstance(cell, str):
-        kind = "null" if cell is None else type(cell).__name__
-        raise DataError(rows.where(index), f"column '{printable(column, 40)}' holds {kind}, not text")
-    # Half of a character pair, which JSON can write and UTF-8 cannot.
-    return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", cell)
+def padded(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """(sequences, longest), int64, filled up with `value` on the right."""
+    import torch
+
+    longest = max(map(len, sequences))
+    return torch.tensor([[*sequence, *[value] * (longest - len(sequence))] for sequence in sequences])

@@ -56,6 +56,16 @@ class TextTask(Generic[SpecT]):
     """No column holds a label."""
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of a row that a prompt is made of."""
+        raise NotImplementedError
+
+    @property
+    def all_columns(self) -> tuple[str, ...]:
+        """Columns by which a row is a repeat of another: those of the prompt, unless the answer has its own."""
+        return self.columns
+
+    @property
     def generates(self) -> bool:
         """Whether scoring needs generated text."""
         return any(name in TEXT_METRICS for name in self.spec.metrics)

@@ -23,11 +23,6 @@ class LanguageModeling(TextTask[LanguageModelingSpec]):
         """The column of the text."""
         return (self.spec.text,)
 
-    @property
-    def all_columns(self) -> tuple[str, ...]:
-        """Columns by which a row is a repeat of another."""
-        return self.columns
-
     def describe(self) -> str:
         """What goes in and what comes out, for people."""
         return f"{printable(self.spec.text, 40)} → each next token"

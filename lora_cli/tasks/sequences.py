@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import ConfigError, ModelError
-from lora_cli.tasks.encoding import Encoded
+from lora_cli.tasks.encoding import Encoded, padded
 from lora_cli.tasks.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -200,13 +200,13 @@ def collate(examples: Sequence[TextExample], pad: int) -> dict[str, torch.Tensor
     """
     labels = [example.labels for example in examples]
     batch = {
-        "input_ids": _padded([example.input_ids for example in examples], pad),
-        "attention_mask": _padded([[1] * len(example.input_ids) for example in examples], 0),
-        "labels": _padded(labels, IGNORED),
+        "input_ids": padded([example.input_ids for example in examples], pad),
+        "attention_mask": padded([[1] * len(example.input_ids) for example in examples], 0),
+        "labels": padded(labels, IGNORED),
     }
     if examples[0].decoder_start is not None:
         start = examples[0].decoder_start
-        batch["decoder_input_ids"] = _padded([[start, *ids[:-1]] for ids in labels], pad)
+        batch["decoder_input_ids"] = padded([[start, *ids[:-1]] for ids in labels], pad)
     return batch
 
 
@@ -259,13 +259,6 @@ def _replaced(text: str, table: Mapping[str, str]) -> str:
     # The longest first: one special token's text may begin with another's.
     pattern = "|".join(map(re.escape, sorted(table, key=len, reverse=True)))
     return re.sub(pattern, lambda match: table[match[0]], text) if pattern else text
-
-
-def _padded(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    import torch
-
-    longest = max(map(len, sequences))
-    return torch.tensor([[*sequence, *[value] * (longest - len(sequence))] for sequence in sequences])
 
 
 def _clipped(prompt: Prompt, limit: int, side: str) -> Prompt:
