@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import forked as forking
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -52,7 +54,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def lora() -> Callable[..., Completed]:
-    """Run the real command line in a process of its own: lora("train", "lora.r=4", cwd=folder)."""
+    """Run the real command line in a new interpreter: lora("train", "lora.r=4", cwd=folder)."""
 
     def run(*words: str, cwd: Path, stdin: str | None = None, env: dict[str, str] | None = None) -> Completed:
         return subprocess.run(
@@ -66,6 +68,16 @@ def lora() -> Callable[..., Completed]:
             timeout=300,
             check=False,
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def forked() -> Callable[..., Completed]:
+    """Run the command line in a process that starts at once: forked("train", "lora.r=4", cwd=folder)."""
+
+    def run(*words: str, cwd: Path, stdin: str = "") -> Completed:
+        return forking.run(words, cwd, stdin)
 
     return run
 

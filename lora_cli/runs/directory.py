@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 MAX_CONFIG_BYTES = 1 << 20
+_MAX_DEPTH = 20
 _NOT_IN_SIGNATURE = (
     *("tracker.", "resume", "device.threads", "device.name"),
     *("train.log_every", "train.save_every", "train.keep"),
@@ -184,9 +185,13 @@ def read_saved_config(path: Path) -> dict[str, Any]:
         data = handle.read(MAX_CONFIG_BYTES)
     try:
         text = data.decode()
+        depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
                 raise RunError(f"{file}: YAML aliases and tags are not allowed in a run's config")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_DEPTH:  # PyYAML takes time that grows with the square of the depth
+                raise RunError(f"{file}: not readable: nested more than {_MAX_DEPTH} deep")
         config = yaml.safe_load(text)
     except UnicodeDecodeError as error:
         raise RunError(f"{file}: not UTF-8 text (byte {error.start})") from error

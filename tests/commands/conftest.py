@@ -96,13 +96,13 @@ def finished(
 
 
 @pytest.fixture(scope="session")
-def talking(tmp_path_factory: pytest.TempPathFactory, lora: Callable[..., Completed]) -> Finished:
+def talking(tmp_path_factory: pytest.TempPathFactory, forked: Callable[..., Completed]) -> Finished:
     """A run of a few steps on conversations: what it says makes no sense, but it says something."""
     home = tmp_path_factory.mktemp("talking")
     turns = [{"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "hello"))]
     (home / "chat.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 20)
     words = ["task=chat", "task.template=chatml", "model=tiny-llama", "task.data.train=chat.jsonl"]
-    process = lora("train", *words, "train.max_steps=3", "device.threads=1", cwd=home)
+    process = forked("train", *words, "train.max_steps=3", "device.threads=1", cwd=home)
     assert process.returncode == 0, process.stderr
     return Finished(home, (home / "runs" / "latest").resolve(), process, {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import select
@@ -65,8 +66,8 @@ def conversation(saved: Saved, system: str | None = None) -> tuple[Conversation,
     return Conversation(saved, system, warn=warnings.append), warnings
 
 
-def test_a_conversation_in_a_pipe_is_one_answer_a_line_and_nothing_else(talking: Finished, lora) -> None:
-    answer = lora("chat", "run=latest", *SHORT, "task.decode.sample=true", cwd=talking.home, stdin="hi\n\nbye\n")
+def test_a_conversation_in_a_pipe_is_one_answer_a_line_and_nothing_else(talking: Finished, forked) -> None:
+    answer = forked("chat", "run=latest", *SHORT, "task.decode.sample=true", cwd=talking.home, stdin="hi\n\nbye\n")
     assert answer.returncode == 0, answer.stderr
     assert answer.stderr == ""
     assert len(answer.stdout.split("\n")) >= 3
@@ -189,6 +190,19 @@ class Terminal:
             found += os.read(self._master, 1) if ready else b""
         return found.decode(errors="replace").replace("\r", "")
 
+    def exit(self) -> int:
+        """The exit code of a conversation that is left.
+
+        Ctrl-U first: a signal that is sent leaves in the terminal's own buffer what its Ctrl-C would have thrown away.
+        Typed until it ends: a late signal takes the line it meets with it.
+        """
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            self.type("\x15/exit\n")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self.process.wait(timeout=5)
+        raise AssertionError("it goes on")
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -214,9 +228,7 @@ def test_ctrl_c_stops_the_answer_and_then_the_line_but_not_the_conversation(term
     assert len(answer) < 300
     terminal.type("unfinished")
     terminal.read_until("you> ", interrupting=True)
-    # Ctrl-U first: a signal that is sent leaves in the terminal's own buffer what its Ctrl-C would have thrown away.
-    terminal.type("\x15/exit\n")
-    assert terminal.process.wait(timeout=60) == 0
+    assert terminal.exit() == 0
 
 
 def test_in_a_pipe_ctrl_c_ends_it(call, monkeypatch: pytest.MonkeyPatch, talking: Finished) -> None:

@@ -89,12 +89,12 @@ def test_the_table_the_files_and_the_plot_say_what_the_runs_say(compared: Compar
 
 
 def test_what_is_finished_is_used_again_and_a_failure_is_told(
-    compared: Compared, lora: Callable[..., Completed]
+    compared: Compared, forked: Callable[..., Completed]
 ) -> None:
     (compared.home / "conf" / "lora").mkdir(parents=True)
     (compared.home / "conf" / "lora" / "lost.yaml").write_text(NOWHERE)
     words = ("compare.methods=[lost,lora]", "compare.seeds=[2]")
-    answer = lora("compare", *WORDS, *words, cwd=compared.home)
+    answer = forked("compare", *WORDS, *words, cwd=compared.home)
     assert answer.returncode == 1
     assert f"lora, seed 2, found in {compared.path.relative_to(compared.home)}/lora_seed2" in answer.stderr
     assert "1 of 2 trainings failed, the first of them lost, seed 2: " in answer.stderr.splitlines()[-1]
@@ -112,13 +112,13 @@ def test_what_is_finished_is_used_again_and_a_failure_is_told(
 
 
 def test_a_finished_training_on_rows_that_have_changed_is_refused(
-    compared: Compared, lora: Callable[..., Completed]
+    compared: Compared, forked: Callable[..., Completed]
 ) -> None:
     file = compared.home / "train.csv"
     before = file.read_text()
     file.write_text(before.replace("train 0", "train zero"))
     try:
-        answer = lora("compare", *WORDS, "compare.methods=[lora]", "compare.seeds=[1]", cwd=compared.home)
+        answer = forked("compare", *WORDS, "compare.methods=[lora]", "compare.seeds=[1]", cwd=compared.home)
     finally:
         file.write_text(before)
     assert answer.returncode == 1
@@ -126,7 +126,7 @@ def test_a_finished_training_on_rows_that_have_changed_is_refused(
 
 
 @pytest.mark.slow
-def test_a_comparison_that_is_stopped_stops_its_training_and_goes_on_later(films: Path, lora) -> None:
+def test_a_comparison_that_is_stopped_stops_its_training_and_goes_on_later(films: Path, forked) -> None:
     words = (*WORDS, "compare.methods=[lora]", "compare.seeds=[1]", "train.epochs=4", "train.eval_every=2")
     slow = "import time, torch; step = torch.optim.AdamW.step\n"
     slow += "def later(*a, **k): time.sleep(0.5); return step(*a, **k)\ntorch.optim.AdamW.step = later\n"
@@ -143,7 +143,7 @@ def test_a_comparison_that_is_stopped_stops_its_training_and_goes_on_later(films
     assert err.splitlines()[-1] == "lora compare: terminated"
     (run,) = films.glob("runs/*/lora_seed1_*")
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
-    answer = lora("compare", *words, cwd=films)
+    answer = forked("compare", *words, cwd=films)
     assert answer.returncode == 0, answer.stderr
     assert f"goes on in {run.name}" in answer.stderr
     assert "resumes" in (run / "output.txt").read_text()

@@ -40,8 +40,8 @@ def test_infer_on_the_validation_file_gives_the_runs_accuracy(finished: Finished
     assert not Path(finished.env["DIALLED"]).exists()
 
 
-def test_standard_input_is_answered_line_by_line(finished: Finished, lora) -> None:
-    answer = lora("infer", "run=latest", "input=-", cwd=finished.home, stdin="zzzz\naa\n")
+def test_standard_input_is_answered_line_by_line(finished: Finished, forked) -> None:
+    answer = forked("infer", "run=latest", "input=-", cwd=finished.home, stdin="zzzz\naa\n")
     assert answer.returncode == 0, answer.stderr
     assert [json.loads(line)["text"] for line in answer.stdout.splitlines()] == ["zzzz", "aa"]
 
@@ -124,12 +124,12 @@ PUBS = [
 
 
 @pytest.fixture(scope="module")
-def pubs(tmp_path_factory: pytest.TempPathFactory, lora: Callable[..., Completed]) -> Finished:
+def pubs(tmp_path_factory: pytest.TempPathFactory, forked: Callable[..., Completed]) -> Finished:
     """A run on structured data, with columns named as in E2E, which writes bytes without sense."""
     home = tmp_path_factory.mktemp("pubs")
     write_csv(home / "pubs.csv", PUBS)
     words = ["task=e2e", "model=tiny-gpt2", "task.data.train=pubs.csv", "train.max_steps=2", "device.threads=1"]
-    process = lora("train", *words, *SHORT[:2], "task.metrics=[perplexity]", cwd=home)
+    process = forked("train", *words, *SHORT[:2], "task.metrics=[perplexity]", cwd=home)
     assert process.returncode == 0, process.stderr
     return Finished(home, (home / "runs" / "latest").resolve(), process, {})
 
@@ -146,9 +146,9 @@ def answers(call, pubs: Finished) -> Callable[..., list[dict[str, str]]]:
     return run
 
 
-def test_an_answer_to_a_prompt_is_plain_text(pubs: Finished, lora, answers) -> None:
+def test_an_answer_to_a_prompt_is_plain_text(pubs: Finished, forked, answers) -> None:
     prompt = PUBS[0]["meaning_representation"]
-    streamed = lora("infer", "run=latest", f"prompt={prompt}", *SHORT, *DRAWN, cwd=pubs.home)
+    streamed = forked("infer", "run=latest", f"prompt={prompt}", *SHORT, *DRAWN, cwd=pubs.home)
     assert (streamed.returncode, streamed.stderr) == (0, "")
     (answer,) = answers(f"text={prompt}", *DRAWN)
     assert answer["meaning_representation"] == prompt

@@ -53,7 +53,7 @@ def stop_after(process: subprocess.Popen[str], home: Path, step: int, how: signa
 
 
 @pytest.fixture(scope="module")
-def interrupted(tmp_path_factory: pytest.TempPathFactory, lora) -> dict[str, object]:
+def interrupted(tmp_path_factory: pytest.TempPathFactory, forked) -> dict[str, object]:
     """kill -9 in the first epoch, Ctrl-C in the second, and then to the end."""
     # On a machine with much else to do, a training this short can end before the signal reaches it: then again.
     for _ in range(5):
@@ -70,7 +70,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, lora) -> dict[str, obj
     # A torn last line, as a full disk or a power cut leaves it.
     with (home / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 31, "tra')
-    last = lora("train", *LONG, "hydra.run.dir=run", "resume=auto", cwd=home)
+    last = forked("train", *LONG, "hydra.run.dir=run", "resume=auto", cwd=home)
     return {
         "home": home,
         "codes": [killed.returncode, stopped.returncode, last.returncode],

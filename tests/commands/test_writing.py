@@ -42,10 +42,10 @@ def write_things(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=["tiny-gpt2", "tiny-t5"])
-def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, lora: Callable[..., Completed]):
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, forked: Callable[..., Completed]):
     home = tmp_path_factory.mktemp(request.param)
     write_things(home)
-    process = lora("train", f"model={request.param}", *SMALL, "train.epochs=3", cwd=home)
+    process = forked("train", f"model={request.param}", *SMALL, "train.epochs=3", cwd=home)
     assert process.returncode == 0, process.stderr
     return Finished(home, (home / "runs" / "latest").resolve(), process, {})
 
@@ -69,8 +69,8 @@ def test_each_prompt_is_answered_once_and_kept_with_its_references(written: Fini
     assert isinstance(rows[0]["prediction"], str)
 
 
-def test_eval_gives_the_same_figures_to_the_last_digit(written: Finished, lora: Callable[..., Completed]) -> None:
-    process = lora("eval", "run=latest", cwd=written.home)
+def test_eval_gives_the_same_figures_to_the_last_digit(written: Finished, forked: Callable[..., Completed]) -> None:
+    process = forked("eval", "run=latest", cwd=written.home)
     assert process.returncode == 0, process.stderr
     found = json.loads((written.path / "eval" / "validation" / "metrics.json").read_text())["metrics"]
     assert found == written.facts()["metrics"]["validation"]

@@ -106,8 +106,8 @@ def test_wrong_data_is_refused_in_one_line_before_a_model_is_loaded(
 
 
 @pytest.mark.parametrize(("row", "what", "extension", "content", "says"), CASES[2::7], ids=name)
-def test_a_process_of_its_own_says_the_same(row, what, extension, content, says, data, lora, tmp_path) -> None:
-    answer = lora(*data(extension, content), cwd=tmp_path)
+def test_a_process_of_its_own_says_the_same(row, what, extension, content, says, data, forked, tmp_path) -> None:
+    answer = forked(*data(extension, content), cwd=tmp_path)
     assert answer.returncode == 2
     check_refusal(answer.stdout, answer.stderr, tmp_path)
     assert all(text in answer.stderr for text in says)
