@@ -18,6 +18,7 @@ from lora_cli.reader import class_for, decoder_start, load_config, random_config
 from lora_cli.sources import check_checkpoint, find_source
 from lora_cli.spec import ModelSpec
 from lora_cli.tokenizer import add_tokens, explained, load_tokenizer, quiet
+from lora_cli.unpadded import remove_padding
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +76,8 @@ def load_base(
     `spec.add_tokens`, for which embeddings grow if they are too small. The global generators are left as
     they were, and nothing is printed. `dtype` None: fp32.
 
+    A classifier of a family that allows it computes no padding (see `unpadded`).
+
     Raises:
         ModelError: the checkpoint is missing, damaged, not trusted, or not made for this.
         UnknownName: model.family or a key of model.random is none.
@@ -105,6 +108,8 @@ def load_base(
     model.config.pad_token_id = tokenizer.pad_token_id
     # Nothing is generated in training, and a cache would hold every layer's keys and values.
     model.config.use_cache = False
+    if not writes:
+        remove_padding(model)
     max_length = _num_positions(model, tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
     return BaseModel(

@@ -16,7 +16,8 @@ CONF = PACKAGE.parent / "conf"
 LAYERS = (
     ("errors", "__init__"),
     ("spec",),
-    ("chart", "disk", "dot_plot", "families", "hub", "process", "screen", "terminal", "tokenizer", "trackers", "words"),
+    ("chart", "disk", "dot_plot", "families", "hub", "process"),
+    ("screen", "terminal", "tokenizer", "trackers", "unpadded", "words"),
     ("config", "nn", "runs", "sources", "tasks"),
     ("reader",),
     ("engine", "help", "merged", "models", "preview"),

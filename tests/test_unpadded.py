@@ -1,0 +1,140 @@
+"""Encoders without padding compute what they compute with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+from lora_cli.models import load_base
+from lora_cli.reader import random_config
+from lora_cli.spec import ModelSpec
+from lora_cli.unpadded import remove_padding
+
+CONF = Path(__file__).parents[1] / "conf" / "model"
+FAMILIES = ("tiny-bert", "tiny-roberta", "tiny-electra", "tiny-distilbert", "tiny-albert", "tiny-modernbert")
+LENGTHS = [7, 3, 90, 7, 12, 70, 41]
+
+
+def build(name: str, **changes: object) -> torch.nn.Module:
+    """A model as transformers builds it, with its padding; `changes` are of its config."""
+    config, tokenizer = random_config(ModelSpec(**yaml.safe_load((CONF / f"{name}.yaml").read_text())))
+    config.pad_token_id = tokenizer.pad_token_id
+    for key, value in {"num_labels": 3, **changes}.items():
+        setattr(config, key, value)
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+def batch(lengths: list[int], pad: int, *, types: bool = False, seed: int = 1) -> dict[str, Tensor]:
+    """Random tokens, padded on the right."""
+    width = max(lengths)
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(5, 90, mask.shape, generator=torch.Generator().manual_seed(seed))
+    found = {"input_ids": ids * mask + pad * (1 - mask), "attention_mask": mask}
+    return found | ({"token_type_ids": (torch.arange(width) > 4).long() * mask} if types else {})
+
+
+def logits_and_gradients(model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of all parameters, of a loss that weighs every logit differently."""
+    model.zero_grad()
+    logits = model(**inputs).logits
+    weights = torch.linspace(1, 2, logits.numel()).view_as(logits)
+    (logits * weights).sum().backward()
+    return logits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def check_equal(model: torch.nn.Module, inputs: dict[str, Tensor]) -> None:
+    before, gradients = logits_and_gradients(model, inputs)
+    assert remove_padding(model)
+    after, same_gradients = logits_and_gradients(model, inputs)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+    for found, wanted in zip(same_gradients, gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * max(1.0, float(wanted.abs().max())))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_and_gradients_are_those_of_the_padded_batch(name: str) -> None:
+    model = build(name)
+    types = "token_type_ids" in model.forward.__code__.co_varnames and "roberta" not in name
+    check_equal(model, batch(LENGTHS, model.config.pad_token_id, types=types))
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_modernbert_keeps_its_window_and_either_pooling(pooling: str) -> None:
+    model = build("tiny-modernbert", classifier_pooling=pooling, local_attention=16)
+    assert max(LENGTHS) > model.model.layers[1].attn.sliding_window
+    check_equal(model, batch(LENGTHS, model.config.pad_token_id))
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(1, 80), min_size=1, max_size=9))
+def test_any_lengths_in_any_order(lengths: list[int]) -> None:
+    padded, unpadded = build("tiny-bert"), build("tiny-bert")
+    assert remove_padding(unpadded)
+    inputs = batch(lengths, 0)
+    torch.testing.assert_close(unpadded(**inputs).logits, padded(**inputs).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_only_real_tokens_are_computed_and_past_the_last_attention_only_the_first_ones() -> None:
+    model = build("tiny-bert")
+    assert remove_padding(model)
+    shapes: dict[str, torch.Size] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda _, args, out, name=name: shapes.update({name: args[0].shape[:-1]}))
+    model(**batch(LENGTHS, 0))
+    tokens, rows = sum(LENGTHS), len(LENGTHS)
+    last = f"layer.{model.config.num_hidden_layers - 1}."
+    for name, shape in shapes.items():
+        if "layer." in name:
+            is_narrow = last in name and ".self." not in name
+            assert shape.numel() == (rows if is_narrow else tokens), name
+
+
+def test_with_dropout_the_loss_is_the_same_on_average() -> None:
+    padded, unpadded = (build("tiny-bert", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2) for _ in range(2))
+    assert remove_padding(unpadded)
+    inputs = batch([9, 30, 4], 0)
+    means = []
+    for model in (padded.train(), unpadded.train()):
+        torch.manual_seed(3)
+        with torch.no_grad():
+            means.append(torch.stack([model(**inputs).logits for _ in range(300)]).std(0).mean().item())
+    assert means[1] == pytest.approx(means[0], rel=0.1)
+    assert means[0] > 0
+
+
+def test_other_calls_are_computed_as_before() -> None:
+    model = build("tiny-bert")
+    inputs = batch([5, 9], 0)
+    left = {name: value.flip(1) for name, value in inputs.items()}
+    calls = [
+        lambda: model(inputs["input_ids"], inputs["attention_mask"]),
+        lambda: model(input_ids=inputs["input_ids"]),
+        lambda: model(**left),
+    ]
+    before = [call().logits for call in calls]
+    assert remove_padding(model)
+    model(**inputs)
+    for call, wanted in zip(calls, before, strict=True):
+        assert torch.equal(call().logits, wanted)
+
+
+def test_a_family_with_an_attention_of_its_own_is_left_alone() -> None:
+    model = build("tiny-deberta")
+    assert not remove_padding(model)
+    assert not model._forward_pre_hooks
+
+
+def test_a_classifier_is_loaded_so() -> None:
+    spec = ModelSpec(**yaml.safe_load((CONF / "tiny-bert.yaml").read_text()))
+    base = load_base(spec, num_outputs=2, labels=None, problem="classification", seed=0)
+    assert len(base.model._forward_pre_hooks) == 1
+    assert "attn_implementation" not in str(base.model.config.to_dict())
