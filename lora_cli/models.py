@@ -76,7 +76,7 @@ def load_base(
     `spec.add_tokens`, for which embeddings grow if they are too small. The global generators are left as
     they were, and nothing is printed. `dtype` None: fp32.
 
-    A classifier of a family that allows it computes no padding (see `unpadded`).
+    A model of a family that allows it computes no padding (see `unpadded`).
 
     Raises:
         ModelError: the checkpoint is missing, damaged, not trusted, or not made for this.
@@ -108,8 +108,7 @@ def load_base(
     model.config.pad_token_id = tokenizer.pad_token_id
     # Nothing is generated in training, and a cache would hold every layer's keys and values.
     model.config.use_cache = False
-    if not writes:
-        remove_padding(model)
+    remove_padding(model)
     max_length = _num_positions(model, tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
     return BaseModel(

@@ -1,29 +1,28 @@
-"""Encoders without padding: the rows of a batch run end to end through all that is done token by token.
+"""Models without padding: the rows of a batch run end to end through all that is done token by token.
 
 Knows transformers' attention registry and the places where heads read; nothing of tasks, adapters or training. From the
-outside a model is what it was: padded rows in, logits a row out. Inside, a batch is one sequence of its real tokens;
-attention sees the rows, in groups of like length; and past the last attention only the tokens that the head reads
-are computed. No module is rewritten: what happens is in four hooks, and in the function that attends.
+outside a model takes padded rows as before. Inside, a batch is one sequence of its real tokens; attention sees
+the rows (`row_attention`); and what nobody reads is not computed: of an encoder past its last attention all but
+the first token of each row, of a decoder the logits of tokens that are not learnt. No module is rewritten: all of
+it is in a few hooks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from lora_cli.row_attention import Rows, attend, lay, means
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["remove_padding"]
+__all__ = ["remove_padding", "takes_labels"]
 
-_ATTENTION = "lora_unpadded"
-"""Name of the attention function in transformers' registry."""
-_GROUPS = 3
-"""Groups of rows of like length; within one, attention pads to the longest."""
-_SHORT = 64
-"""Tokens up to which three plain operations are faster on a CPU than the fused one."""
+_ENCODING, _DECODING = "lora_unpadded", "lora_unpadded_causal"
+"""Names of the attention functions in transformers' registry."""
 
 
 @dataclass(frozen=True)
@@ -48,86 +47,65 @@ _FAMILIES = {
     # What is added to attention's output is added outside of any module.
     "modernbert": _Anatomy(""),
 }
-"""model_type → anatomy. DeBERTa's attention is its own; decoders have `train.packing`."""
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Where the rows of a batch lie in the one sequence of T tokens, sorted by length."""
-
-    lengths: torch.Tensor
-    """Tokens of each row (N,), in the order of the batch."""
-    starts: torch.Tensor
-    """Position of each row's first token (N,), in the order of the batch."""
-    groups: Sequence[_Group]
-
-
-@dataclass(frozen=True)
-class _Group:
-    """`rows` neighbouring rows of at most `width` tokens, which lie at start:stop."""
-
-    start: int
-    stop: int
-    rows: int
-    width: int
-    places: torch.Tensor | None
-    """Of each token in the padded (rows · width,); None: no row is shorter than another."""
-    mask: torch.Tensor | None
-    """True where a token is (rows, width)."""
+"""model_type → anatomy. DeBERTa's attention is its own."""
+_DECODERS = ("gemma", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt", "phi", "phi3")
+_DECODERS += ("qwen2", "qwen3", "qwen3_moe")
 
 
 def remove_padding(model: PreTrainedModel) -> bool:
-    """Make `model`, an encoder with a head, skip the padding of what it is given; False: not with its family.
+    """Make `model` skip the padding of what it is given; False: not with its family.
 
     A batch that is padded on the right, with `input_ids` and `attention_mask` by name, then takes the time of its real
-    tokens. Any other call is computed as before. Logits agree with those of the padded batch up to rounding;
-    with dropout other elements are dropped.
+    tokens. A decoder does so where it is given `labels` as well, and returns the logits that predict those (targets,
+    vocabulary), row by row; see `takes_labels`. Any other call is computed as before. Logits agree with those of
+    the padded batch up to rounding; with dropout other elements are dropped.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    anatomy = _FAMILIES.get(model.config.model_type)
-    if anatomy is None or model.config._attn_implementation != "sdpa":
+    family, is_head = model.config.model_type, model.get_output_embeddings() is None
+    anatomy = _FAMILIES.get(family) if is_head else None
+    decodes = family in _DECODERS and not is_head
+    if model.config._attn_implementation != "sdpa" or not (anatomy or decodes):
         return False
-    AttentionInterface.register(_ATTENTION, _attend)
-    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
-    model.config._attn_implementation = _ATTENTION
-    hooks = _Hooks(model, anatomy)
-    model.register_forward_pre_hook(hooks.lay_end_to_end, with_kwargs=True)
-    encoder = model.base_model.get_submodule(anatomy.encoder)
+    name = _DECODING if decodes else _ENCODING
+    AttentionInterface.register(name, partial(attend, causal=decodes))
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.config._attn_implementation = name
+    if anatomy is None:
+        decoder = _Decoder()
+        model.register_forward_pre_hook(decoder.lay_end_to_end, with_kwargs=True)
+        model.register_forward_hook(decoder.unwrap)
+        return True
+    encoder = _Encoder(model, anatomy)
+    model.register_forward_pre_hook(encoder.lay_end_to_end, with_kwargs=True)
     if anatomy.narrow is not None:
         name = anatomy.narrow.format(last=model.config.num_hidden_layers - 1)
-        model.base_model.get_submodule(name).register_forward_pre_hook(hooks.narrow)
-    encoder.register_forward_hook(hooks.pick)
+        model.base_model.get_submodule(name).register_forward_pre_hook(encoder.narrow)
+    model.base_model.get_submodule(anatomy.encoder).register_forward_hook(encoder.pick)
     return True
 
 
-class _Hooks:
-    """What is done to a batch on its way."""
+def takes_labels(model: torch.nn.Module) -> bool:
+    """Whether `model` is a decoder without padding, which computes the logits of the labels that it is given."""
+    config = getattr(model, "config", None)
+    return getattr(config, "_attn_implementation", None) == _DECODING
+
+
+class _Encoder:
+    """What is done to a batch on its way through an encoder and its head."""
 
     def __init__(self, model: PreTrainedModel, anatomy: _Anatomy) -> None:
         self._is_narrowed = anatomy.narrow is not None
         self._means = getattr(model.config, "classifier_pooling", "cls") == "mean"
         self._offset = _first_position(model)
-        self._rows: _Rows | None = None
+        self._rows: Rows | None = None
 
     def lay_end_to_end(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Padded rows (N, longest) → one row (1, T)."""
-        self._rows, mask = None, kwargs.get("attention_mask")
-        if args or mask is None or mask.ndim != 2 or kwargs.get("input_ids") is None:
-            return None
-        # All of it is decided on the CPU, so that a GPU is waited for once.
-        mask = mask.cpu().bool()
-        if not _is_padded_right(mask):
-            return None
-        device = kwargs["input_ids"].device
-        self._rows, order = _lay(mask.sum(1), device)
-        positions = (mask.cumsum(1) - 1 + self._offset)[order][mask[order]]
-        replaced: dict[str, Any] = {"position_ids": positions[None].to(device), "rows": self._rows}
-        for name in {"input_ids", "token_type_ids"} & kwargs.keys():
-            replaced[name] = kwargs[name][order][mask[order]][None]
-        replaced["attention_mask"] = None
-        return args, {**kwargs, **replaced}
+        laid = None if args else _laid_end_to_end(kwargs, self._offset)
+        self._rows = laid["rows"] if laid else None
+        return laid and (args, laid)
 
     def narrow(self, module: Any, args: tuple[Any, ...]) -> Any:
         """(1, T, d) each → (1, N, d): the first tokens."""
@@ -139,11 +117,56 @@ class _Hooks:
             return None
         hidden = output.last_hidden_state
         if self._means:
-            hidden = _means(hidden[0], self._rows)
+            hidden = means(hidden[0], self._rows)
         else:
             hidden = hidden[0] if self._is_narrowed else hidden[0, self._rows.starts]
         output.last_hidden_state = hidden[:, None]
         return output
+
+
+class _Decoder:
+    """What is done to a batch on its way through a decoder."""
+
+    def __init__(self) -> None:
+        self._rows: Rows | None = None
+
+    def lay_end_to_end(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Padded rows (N, longest) with labels → one row (1, T), and the positions that predict a label."""
+        import torch
+
+        self._rows, labels = None, kwargs.pop("labels", None)
+        laid = _laid_end_to_end(kwargs, 0) if labels is not None and not args else None
+        if laid is None:
+            return args, kwargs
+        self._rows = laid["rows"]
+        row, place = (labels[:, 1:] >= 0).nonzero(as_tuple=True)
+        # transformers takes a mask of four dimensions as it is, and builds none.
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=labels.device)
+        return args, {**laid, "attention_mask": mask, "logits_to_keep": self._rows.starts[row] + place}
+
+    def unwrap(self, model: Any, args: Any, output: Any) -> Any:
+        """Logits (1, targets, vocabulary) → (targets, vocabulary)."""
+        if self._rows is not None:
+            output.logits = output.logits[0]
+        return output
+
+
+def _laid_end_to_end(kwargs: dict[str, Any], first_position: int) -> dict[str, Any] | None:
+    """The arguments of a model for padded rows → those for one row; None: they are not padded on the right."""
+    mask = kwargs.get("attention_mask")
+    if mask is None or mask.ndim != 2 or kwargs.get("input_ids") is None:
+        return None
+    # All of it is decided on the CPU, so that a GPU is waited for once.
+    mask = mask.cpu().bool()
+    if not _is_padded_right(mask):
+        return None
+    device = kwargs["input_ids"].device
+    rows, order = lay(mask.sum(1), device)
+    positions = (mask.cumsum(1) - 1 + first_position)[order][mask[order]]
+    flat: dict[str, Any] = {
+        name: kwargs[name][order][mask[order]][None] for name in ("input_ids", "token_type_ids") if name in kwargs
+    }
+    return {**kwargs, **flat, "position_ids": positions[None].to(device), "attention_mask": None, "rows": rows}
 
 
 def _first_position(model: PreTrainedModel) -> int:
@@ -156,104 +179,3 @@ def _first_position(model: PreTrainedModel) -> int:
 
 def _is_padded_right(mask: torch.Tensor) -> bool:
     return mask.ndim == 2 and bool(mask[:, 0].all()) and bool((mask[:, 1:] <= mask[:, :-1]).all())
-
-
-def _lay(lengths: torch.Tensor, device: torch.device) -> tuple[_Rows, torch.Tensor]:
-    """Where rows of these lengths lie, told on `device`, and the order (N,) in which they do."""
-    import torch
-
-    order = lengths.argsort(stable=True)
-    ends = lengths[order].cumsum(0)
-    starts = torch.empty_like(lengths)
-    starts[order] = ends - lengths[order]
-    groups, start = [], 0
-    for part in lengths[order].tensor_split(min(_GROUPS, len(lengths))):
-        sizes = part.tolist()
-        width, stop = sizes[-1], start + sum(sizes)
-        mask = places = None
-        if sizes[0] < width:
-            mask = torch.arange(width) < part[:, None]
-            places, mask = mask.flatten().nonzero()[:, 0].to(device), mask.to(device)
-        groups.append(_Group(start, stop, len(sizes), width, places, mask))
-        start = stop
-    return _Rows(lengths.to(device), starts.to(device), groups), order
-
-
-def _means(hidden: torch.Tensor, rows: _Rows) -> torch.Tensor:
-    """(T, d) → the mean of each row (N, d)."""
-    import torch
-
-    order = rows.starts.argsort()
-    owner = torch.repeat_interleave(order, rows.lengths[order])
-    sums = hidden.new_zeros(len(order), hidden.shape[1]).index_add(0, owner, hidden)
-    return sums / rows.lengths[:, None]
-
-
-def _attend(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    rows: _Rows | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention within each row: (1, heads, T, d) each → (1, T, heads, d)."""
-    import torch
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if rows is None:
-        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scale)
-        return out, None
-    parts = []
-    for group in rows.groups:
-        mask = _visible(group, sliding_window, query.device)
-        q, k, v = (_padded(x[0, :, group.start : group.stop].transpose(0, 1), group) for x in (query, key, value))
-        out = _softmax_attention(q, k, v, mask, scale, dropout)
-        flat = out.transpose(1, 2).flatten(0, 1)
-        parts.append(flat if group.places is None else flat.index_select(0, group.places))
-    return torch.cat(parts)[None], None
-
-
-def _visible(group: _Group, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Which key a query may see: broadcasts to (rows, 1, width, width); None: each in its row."""
-    import torch
-
-    mask = None if group.mask is None else group.mask[:, None, None]
-    if window is None or group.width <= window:
-        return mask
-    places = torch.arange(group.width, device=device)
-    distance = (places[:, None] - places).abs()
-    # A token of the padding sees itself: who sees nothing has no softmax.
-    return distance < window if mask is None else (distance < window) & mask | (distance == 0)
-
-
-def _padded(x: torch.Tensor, group: _Group) -> torch.Tensor:
-    """The tokens of a group (tokens, heads, d) → (rows, heads, width, d)."""
-    if group.places is not None:
-        x = x.new_zeros(group.rows * group.width, *x.shape[1:]).index_copy(0, group.places, x)
-    return x.reshape(group.rows, group.width, *x.shape[1:]).transpose(1, 2)
-
-
-def _softmax_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    dropout: float,
-) -> torch.Tensor:
-    import torch
-    from torch.nn import functional
-
-    if query.device.type != "cpu" or query.shape[2] > _SHORT:
-        return functional.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, scale=scale)
-    scores = torch.matmul(query * scale, key.transpose(2, 3))
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return torch.matmul(functional.dropout(scores.softmax(-1), dropout), value)

@@ -1,4 +1,4 @@
-"""Encoders without padding compute what they compute with it."""
+"""Models without padding compute what they compute with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from transformers import AutoModelForSequenceClassification
 from lora_cli.models import load_base
 from lora_cli.reader import random_config
 from lora_cli.spec import ModelSpec
-from lora_cli.unpadded import remove_padding
+from lora_cli.tasks.sequences import IGNORED, learnt
+from lora_cli.unpadded import remove_padding, takes_labels
+from nn.models import tiny_lm
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
 FAMILIES = ("tiny-bert", "tiny-roberta", "tiny-electra", "tiny-distilbert", "tiny-albert", "tiny-modernbert")
@@ -138,3 +140,52 @@ def test_a_classifier_is_loaded_so() -> None:
     base = load_base(spec, num_outputs=2, labels=None, problem="classification", seed=0)
     assert len(base.model._forward_pre_hooks) == 1
     assert "attn_implementation" not in str(base.model.config.to_dict())
+
+
+DECODERS = ("gemma", "gpt2", "gpt_neox", "llama", "mixtral", "opt", "phi", "qwen3", "qwen3_moe")
+WINDOWED = ("gemma3_text", "mistral", "phi3", "qwen2")
+SENTENCES = [7, 3, 20, 11]
+
+
+def texts(*, prompt: int = 2) -> dict[str, Tensor]:
+    """Rows of which all but a prompt is learnt."""
+    found = batch(list(SENTENCES), 0)
+    ids, mask = found["input_ids"] % 40, found["attention_mask"]
+    is_learnt = (torch.arange(ids.shape[1]) >= prompt) & (mask == 1)
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": torch.where(is_learnt, ids, IGNORED)}
+
+
+@pytest.mark.parametrize(
+    ("family", "config"), [*((f, {}) for f in DECODERS), *((f, {"sliding_window": 5}) for f in WINDOWED)]
+)
+def test_a_decoder_gives_the_logits_of_its_labels(family: str, config: dict[str, int]) -> None:
+    model, inputs = tiny_lm(family, use_cache=False, **config), texts()
+    plain = {name: value for name, value in inputs.items() if name != "labels"}
+    wanted, _ = learnt(model(**plain).logits, inputs)
+    (gradient,) = torch.autograd.grad(wanted.square().sum(), model.get_input_embeddings().weight)
+    assert not takes_labels(model)
+    assert remove_padding(model)
+    assert takes_labels(model)
+    found, labels = learnt(model(**inputs).logits, inputs)
+    assert len(found) == len(labels) == sum(SENTENCES) - 2 * len(SENTENCES)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=5e-6)
+    (same,) = torch.autograd.grad(found.square().sum(), model.get_input_embeddings().weight)
+    torch.testing.assert_close(same, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_a_decoder_without_labels_and_its_generation_are_as_before() -> None:
+    model, inputs = tiny_lm("llama"), texts()
+    del inputs["labels"]
+    left = {name: value.flip(1) for name, value in inputs.items()}
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    wanted, answers = model(**inputs).logits, model.generate(**left, **settings)
+    assert remove_padding(model)
+    assert torch.equal(model(**inputs).logits, wanted)
+    assert torch.equal(model.generate(**left, **settings), answers)
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "gemma2", "gpt_neo", "t5"])
+def test_other_families_are_left_alone(family: str) -> None:
+    model = tiny_lm(family)
+    assert not remove_padding(model)
+    assert not model._forward_pre_hooks

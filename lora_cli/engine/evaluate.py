@@ -9,6 +9,7 @@ import torch
 
 from lora_cli.engine.batches import by_length
 from lora_cli.engine.device import Device
+from lora_cli.unpadded import takes_labels
 
 __all__ = ["Example", "Scorer", "Task", "evaluate", "forward", "predict", "rehearse"]
 
@@ -47,8 +48,8 @@ class Task(Protocol[S]):
 
 
 def forward(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Logits of a batch; its labels stay outside the model, since the loss is the task's."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    """Logits of a batch; the loss is the task's. Labels go in only where they say which logits are wanted."""
+    inputs = {name: value for name, value in batch.items() if name != "labels" or takes_labels(model)}
     logits: torch.Tensor = model(**inputs).logits
     return logits
 

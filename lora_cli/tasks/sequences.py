@@ -245,9 +245,11 @@ def collate_packed(examples: Sequence[TextExample], pad: int) -> dict[str, torch
 def learnt(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits, labels) of the targets of a batch, row by row.
 
-    Shapes: logits (N, T, vocabulary) → (targets, vocabulary) and (targets,).
+    Shapes: logits (N, T, vocabulary), or already (targets, vocabulary) → (targets, vocabulary) and (targets,).
     """
     labels = batch["labels"]
+    if logits.ndim == 2:
+        return logits, labels[:, 1:][labels[:, 1:] != IGNORED]
     if "decoder_input_ids" not in batch:
         # A decoder's token predicts the next one; an encoder-decoder's inputs are shifted already.
         logits, labels = logits[:, :-1], labels[:, 1:]
