@@ -63,6 +63,7 @@ def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun) -> Saved:
         **task.head,
         seed=int(facts.get("init_seed", 0)),
         dtype=device.dtype,
+        device=device.device,
     )
     load_adapter(
         base.model,

@@ -24,6 +24,9 @@ _BATCH = 8
 """Rows compared at a time: of a model that writes, all logits of all tokens are."""
 
 
+_INTO_ORIGINAL = "model.quantization=none merges into the weights that were quantised"
+
+
 def run(spec: MergeRun, *, directory: Path | None = None, overrides: Sequence[str] = ()) -> None:
     """Write the base model with the adapter merged into its weights to `spec.output`.
 
@@ -37,7 +40,7 @@ def run(spec: MergeRun, *, directory: Path | None = None, overrides: Sequence[st
     if output.exists():
         raise ConfigError("output", spec.output, "exists already; give a new folder")
     from lora_cli.merged import DTYPES, save_merged
-    from lora_cli.nn import merge, remove
+    from lora_cli.nn import dequantize, merge, quantized_size, remove
     from lora_cli.saved import open_saved
     from lora_cli.tokenizer import save_tokenizer
 
@@ -46,8 +49,12 @@ def run(spec: MergeRun, *, directory: Path | None = None, overrides: Sequence[st
     screen.fact("run", str(saved.path))
     examples = _examples(spec, saved)
     before = list(_compared(saved, examples))
+    quantized = quantized_size(saved.model)
     changes = merge(saved.model)
     remove(saved.model)
+    if quantized:
+        dequantize(saved.model)
+        screen.fact("base", f"dequantised from {quantized.kind}; {_INTO_ORIGINAL}")
     screen.fact("merged", f"{len(changes)} layers, largest change of a weight {max(changes.values(), default=0.0):.3g}")
     certificate = {}
     if examples:
@@ -62,6 +69,7 @@ def run(spec: MergeRun, *, directory: Path | None = None, overrides: Sequence[st
         save_merged(saved.model, temporary, dtype=spec.dtype, shard_size=spec.shard_size)
         save_tokenizer(saved.tokenizer, temporary)
         facts = {"run": str(saved.path), "split": spec.task.split, "rows": len(examples), "dtypes": certificate}
+        facts["dequantised_from"] = quantized.kind if quantized else None
         write_json(temporary / "certificate.json", facts)
     screen.line(f"{output}\nstored as {spec.dtype}; transformers loads it like any model, without an adapter")
 

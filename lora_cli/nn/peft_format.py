@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_cli.errors import AdapterError, printable
 from lora_cli.nn.convolutions import Kernel, LoraConvolution, kernels_of
 from lora_cli.nn.fused import Placement, placement_of
-from lora_cli.nn.kinds import kind_of, matrix_of
+from lora_cli.nn.kinds import kind_of, shape_of
 from lora_cli.nn.layers import LoraConv1D, LoraEmbedding, LoraLayer
 from lora_cli.nn.peft_config import NO_TARGETS, PeftConfig
 from lora_cli.nn.targets import ALL_LINEAR, FULL, LayerPlan, Plan, first_names, is_inside, outermost
@@ -238,7 +238,7 @@ def _plain(alpha: float) -> int | float:
 
 def _layer_tensors(model: nn.Module, plan: Plan, spec: LoraSpec) -> Iterator[StoredTensor]:
     for name, layer in plan.layers.items():
-        base, (rows, columns) = _base(model, name), matrix_of(model, name).shape
+        base, (rows, columns) = _base(model, name), shape_of(model, name)
         r, _ = stored_scale(layer, spec.scaling)
         placement = placement_of(model, name, layer.parts, rows) if layer.parts else None
         kernels = kernels_of(base, r) if LoraConvolution.fits(base) else {}
