@@ -24,9 +24,6 @@ _BATCH = 8
 """Rows compared at a time: of a model that writes, all logits of all tokens are."""
 
 
-_INTO_ORIGINAL = "model.quantization=none merges into the weights that were quantised"
-
-
 def run(spec: MergeRun, *, directory: Path | None = None, overrides: Sequence[str] = ()) -> None:
     """Write the base model with the adapter merged into its weights to `spec.output`.
 
@@ -54,7 +51,9 @@ def run(spec: MergeRun, *, directory: Path | None = None, overrides: Sequence[st
     remove(saved.model)
     if quantized:
         dequantize(saved.model)
-        screen.fact("base", f"dequantised from {quantized.kind}; {_INTO_ORIGINAL}")
+    base = _base(quantized.kind if quantized else "none", saved.quantization)
+    if base:
+        screen.fact("base", base)
     screen.fact("merged", f"{len(changes)} layers, largest change of a weight {max(changes.values(), default=0.0):.3g}")
     certificate = {}
     if examples:
@@ -69,9 +68,16 @@ def run(spec: MergeRun, *, directory: Path | None = None, overrides: Sequence[st
         save_merged(saved.model, temporary, dtype=spec.dtype, shard_size=spec.shard_size)
         save_tokenizer(saved.tokenizer, temporary)
         facts = {"run": str(saved.path), "split": spec.task.split, "rows": len(examples), "dtypes": certificate}
-        facts["dequantised_from"] = quantized.kind if quantized else None
+        facts["base"] = base or "as it was loaded"
         write_json(temporary / "certificate.json", facts)
     screen.line(f"{output}\nstored as {spec.dtype}; transformers loads it like any model, without an adapter")
+
+
+def _base(kept: str, trained: str) -> str:
+    """Into which base the adapter is merged, if there are two that it could be; kept as `kept`, `trained` on."""
+    if kept != "none":
+        return f"dequantised from {kept}; model.quantization=none merges into the weights as they were loaded"
+    return "" if trained == "none" else f"as it was loaded; the adapter was trained on it in {trained}"
 
 
 def _examples(spec: MergeRun, saved: Saved) -> Sequence[Any]:

@@ -10,7 +10,7 @@ from lora_cli.nn.quantized import LoraQuantizedLinear
 
 __all__ = ["KINDS", "kind_of", "matrix_of", "shape_of"]
 
-KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraQuantizedLinear, LoraConv1D, LoraEmbedding, LoraConvolution)
+KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraConv1D, LoraEmbedding, LoraConvolution, LoraQuantizedLinear)
 """In no order that matters: at most one fits a module."""
 
 

@@ -10,6 +10,7 @@ run scores in `lora eval` as it did in training, and merging is exact.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 from collections import defaultdict
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_cli.errors import AdapterError, ConfigError
-from lora_cli.nn.layers import LoraLayer
+from lora_cli.nn.layers import LoraConv1D, LoraLayer, LoraLinear
 from lora_cli.nn.variants import VARIANTS
 
 __all__ = [
@@ -115,29 +116,40 @@ def _functional() -> Any:
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear layer whose weight is kept in few bits. Computes in the input's dtype, or autocast's.
+    """A frozen Linear or `Conv1D` whose weight is kept in few bits. Computes in the input's dtype, or autocast's.
 
     What is kept are buffers, so that it moves with the model; the bias stays a parameter. `weight` is dequantised at
-    each reading, in the dtype that the layer had: some models read it.
+    each reading, in the layout and dtype that the layer had: some models read it.
 
     Raises:
         ConfigError: bitsandbytes is not installed.
     """
 
-    def __init__(self, linear: nn.Linear, storage: str) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, linear: nn.Module, storage: str) -> None:
         super().__init__()
-        self.storage, self.dtype = storage, linear.weight.dtype
-        self.out_features, self.in_features = linear.weight.shape
-        for name, tensor in STORAGES[storage].encode(linear.weight.detach()).items():
+        self.is_transposed = LoraConv1D.fits(linear)
+        matrix = _matrix(linear).detach()
+        self.storage, self.dtype = storage, matrix.dtype
+        self.out_features, self.in_features = matrix.shape
+        for name, tensor in STORAGES[storage].encode(matrix.contiguous()).items():
             self.register_buffer(name, tensor)
-        self.bias = linear.bias
+        self.register_parameter("bias", linear.bias if isinstance(linear.bias, nn.Parameter) else None)
+        # In a tuple: no module of this one.
+        self._empty = (_with_parameters(linear, {}),)
 
     @property
-    def weight(self) -> Tensor:
+    def matrix(self) -> Tensor:
         """The dequantised weight (out, in), computed anew."""
         shape = torch.Size((self.out_features, self.in_features))
         with torch.no_grad():
             return STORAGES[self.storage].decode(dict(self.named_buffers()), shape, self.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantised weight as the layer had it: of a Conv1D, (in, out)."""
+        return self.matrix.T if self.is_transposed else self.matrix
 
     @property
     def num_weights(self) -> int:
@@ -156,16 +168,29 @@ class QuantizedLinear(nn.Module):
         product: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
-    def plain(self, weight: Tensor) -> nn.Linear:
-        """A Linear with this layer's bias, and `weight` in its own dtype."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
-        linear.bias = self.bias
-        return linear.train(self.training)
+    def plain(self, matrix: Tensor) -> nn.Module:
+        """The layer that was quantised, with its bias, and with another weight (out, in)."""
+        weight = (matrix.T if self.is_transposed else matrix).to(self.dtype).contiguous()
+        parameters = {"weight": nn.Parameter(weight, requires_grad=False), "bias": self.bias}
+        return _with_parameters(self._empty[0], parameters).train(self.training)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of this layer."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, storage={self.storage}"
+
+
+def _matrix(linear: nn.Module) -> Tensor:
+    """The weight of a Linear or Conv1D, quantised or not, as (out, in)."""
+    if isinstance(linear, QuantizedLinear):
+        return linear.matrix
+    return (LoraConv1D if LoraConv1D.fits(linear) else LoraLinear).matrix_of(linear)
+
+
+def _with_parameters(module: nn.Module, parameters: dict[str, nn.Parameter | None]) -> nn.Module:
+    """A copy of `module` with these for its own: its class need not be known to make one."""
+    made = copy.copy(module)
+    made._parameters = parameters
+    return made
 
 
 class _Product(torch.autograd.Function):
@@ -174,22 +199,20 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        return functional.linear(x, layer.weight.to(x.dtype))
+        return functional.linear(x, layer.matrix.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        return gradient @ ctx.layer.weight.to(gradient.dtype), None
+        return gradient @ ctx.layer.matrix.to(gradient.dtype), None
 
 
 class LoraQuantizedLinear(LoraLayer):
     """Over a `QuantizedLinear` (QLoRA, arXiv:2305.14314, eq. 5): y = x dequantised(W)ᵀ + s B A x.
 
-    Merging puts a plain Linear with the dequantised and updated weight in place of the base, and unmerging the
+    Merging puts a plain layer with the dequantised and updated weight in place of the base, and unmerging the
     quantised one back: quantising anew would round the update away.
     """
-
-    base_layer: QuantizedLinear | nn.Linear
 
     def __init__(self, base_layer: nn.Module, **options: Any) -> None:
         super().__init__(base_layer, **options)
@@ -204,14 +227,14 @@ class LoraQuantizedLinear(LoraLayer):
     @classmethod
     def matrix_of(cls, base_layer: nn.Module) -> Tensor:
         """The dequantised weight (out, in); a plain one while merged."""
-        assert isinstance(base_layer, QuantizedLinear | nn.Linear)
-        return base_layer.weight
+        return _matrix(base_layer)
 
     @classmethod
     def shape_of(cls, base_layer: nn.Module) -> tuple[int, int]:
         """(out, in), without dequantising."""
-        assert isinstance(base_layer, QuantizedLinear | nn.Linear)
-        return base_layer.out_features, base_layer.in_features
+        if isinstance(base_layer, QuantizedLinear):
+            return base_layer.out_features, base_layer.in_features
+        return super().shape_of(base_layer)
 
     @property
     def device(self) -> torch.device:
@@ -220,30 +243,36 @@ class LoraQuantizedLinear(LoraLayer):
 
     @property
     def is_merged(self) -> bool:
-        """Whether a plain Linear that contains the update stands in for the base."""
+        """Whether a plain layer that contains the update stands in for the base."""
         return bool(self._aside)
 
     @property
+    def quantized(self) -> QuantizedLinear:
+        """The quantised base, merged or not."""
+        quantized = self._aside[0] if self._aside else self.base_layer
+        assert isinstance(quantized, QuantizedLinear)
+        return quantized
+
+    @property
     def weight(self) -> Tensor:
-        """The effective weight, in the dtype that the base had."""
-        base = self.base_layer
-        if isinstance(base, nn.Linear):
-            return base.weight
-        return VARIANTS[self.variant].merged_weight(self).to(base.dtype)
+        """The effective weight, in the layout and dtype that the base had."""
+        matrix = self.matrix if self.is_merged else VARIANTS[self.variant].merged_weight(self).to(self.quantized.dtype)
+        return matrix.T if self.quantized.is_transposed else matrix
 
     @torch.no_grad()
     def merge(self) -> float:
-        """Put a plain Linear with the update in it in place of the quantised base. Returns the largest change.
+        """Put a plain layer with the update in it in place of the quantised base. Returns the largest change.
 
         Raises:
             AdapterError: already merged, or the result is not finite (the base is left as it was).
         """
-        quantized, merged = self.base_layer, self.weight
-        if not isinstance(quantized, QuantizedLinear):
+        if self.is_merged:
             raise AdapterError("the adapter is merged already; merging again would add it twice")
+        quantized = self.quantized
+        merged = VARIANTS[self.variant].merged_weight(self).to(quantized.dtype)
         if not merged.isfinite().all():
             raise AdapterError(f"the merged weight is not finite in {merged.dtype}")
-        change = float((merged.float() - quantized.weight.float()).abs().max())
+        change = float((merged.float() - quantized.matrix.float()).abs().max())
         self._aside.append(quantized)
         self.base_layer = quantized.plain(merged)
         return change
@@ -285,10 +314,10 @@ class QuantizedSize:
 
 
 def quantize(model: nn.Module, storage: str, *, skip: Iterable[str], device: torch.device) -> None:
-    """Replace every Linear of `model` in place, one at a time: moved to `device`, quantised there, then let go.
+    """Replace every Linear and Conv1D of `model` in place, one at a time: moved to `device`, quantised, let go.
 
-    Left as they are: modules named in `skip` and all in them, and a Linear whose weight another module shares. Only
-    plain `nn.Linear` is replaced, as a subclass may read its weight in ways of its own.
+    Left as they are: modules named in `skip` and all in them, and a layer whose weight another module shares. Of
+    subclasses of `nn.Linear` none is replaced, as it may read its weight in ways of its own.
 
     Raises:
         ConfigError: the model has no such layer, or bitsandbytes is not installed.
@@ -299,12 +328,11 @@ def quantize(model: nn.Module, storage: str, *, skip: Iterable[str], device: tor
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)].add(id(module))
-        if type(module) is nn.Linear and not f"{name}.".startswith(outside):
+        if (type(module) is nn.Linear or LoraConv1D.fits(module)) and not f"{name}.".startswith(outside):
             names[id(module)].append(name)
     num_replaced = 0
     for aliases in names.values():
         linear = model.get_submodule(aliases[0])
-        assert isinstance(linear, nn.Linear)
         if len(owners[id(linear.weight)]) > 1:
             continue
         layer = QuantizedLinear(linear.to(device), storage).train(linear.training)
@@ -312,11 +340,11 @@ def quantize(model: nn.Module, storage: str, *, skip: Iterable[str], device: tor
             model.set_submodule(name, layer)
         num_replaced += 1
     if not num_replaced:
-        raise ConfigError(_KEY, storage, "this model has no Linear layers besides its head and output embedding")
+        raise ConfigError(_KEY, storage, "this model has no linear layers besides its head and output embedding")
 
 
 def dequantize(model: nn.Module) -> None:
-    """Put plain Linears with the dequantised weights in place of all quantised layers of `model`, adapted ones aside.
+    """Put plain layers with the dequantised weights in place of all quantised ones of `model`.
 
     Raises:
         AdapterError: an adapter over one of them is not merged.
@@ -325,7 +353,7 @@ def dequantize(model: nn.Module) -> None:
         if isinstance(module, LoraQuantizedLinear) and not module.is_merged:
             raise AdapterError(f"{name}: merge the adapter first")
         if isinstance(module, QuantizedLinear):
-            model.set_submodule(name, module.plain(module.weight))
+            model.set_submodule(name, module.plain(module.matrix))
 
 
 def quantized_layers(model: nn.Module) -> list[QuantizedLinear]:
