@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +25,7 @@ def quantised(
 ) -> Finished:
     home = tmp_path_factory.mktemp("quantised")
     write_films(home)
-    paths = os.pathsep.join([blocked["PYTHONPATH"], os.environ.get("PYTHONPATH", "")])
-    process = lora("train", *QLORA, "train.epochs=1", cwd=home, env=blocked | {"PYTHONPATH": paths})
+    process = lora("train", *QLORA, "train.epochs=1", cwd=home, env=blocked)
     assert process.returncode == 0, process.stderr
     assert not Path(blocked["DIALLED"]).exists()
     return Finished(home, (home / "runs" / "latest").resolve(), process, blocked)
@@ -157,6 +155,13 @@ def test_a_comparison_takes_it_and_only_it_may_change_how_the_base_is_kept(films
     plain, quantised = json.loads((films / "counted" / "compare.json").read_text())["rows"]
     assert quantised["weight_bytes"] < plain["weight_bytes"]
     assert quantised["base_bytes"] == plain["base_bytes"]
+
+
+def test_a_method_that_names_another_model_is_not_compared(scratch: Path, refused) -> None:
+    (scratch / "conf" / "lora").mkdir(parents=True)
+    (scratch / "conf" / "lora" / "other.yaml").write_text("# @package _global_\nmodel: {dropout: 0.5}\n")
+    line = refused("compare", "compare.methods=[qlora,other]", "model=tiny-bert")
+    assert "compare.methods=other: its file sets another model.* than that of qlora" in line
 
 
 def test_everything_cannot_train_on_a_quantised_base(refused) -> None:
