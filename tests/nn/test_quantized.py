@@ -177,8 +177,8 @@ def test_merged_computes_what_adapted_did_and_unmerging_restores_every_bit(base,
     change = layer.merge()
     assert change > 0
     assert type(layer.base_layer) is type(base(bias)), "a plain layer"
-    torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(layer.base_layer(x), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.base_layer(x), before, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer.weight, layer.base_layer.weight)
     with pytest.raises(AdapterError, match="merged already"):
         layer.merge()
@@ -215,7 +215,7 @@ def test_gradients_are_those_of_the_dequantised_weight(variant: str, storage: st
         out.square().sum().backward()
     for name, parameter in layer.named_parameters():
         if parameter.requires_grad:
-            torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-5, atol=1e-5)
 
 
 def quantized(model: nn.Module, storage: str = "nf4", skip: tuple[str, ...] = ("classifier",)) -> nn.Module:
@@ -256,7 +256,7 @@ def test_models_that_write_too(family: str) -> None:
     model = quantized(tiny_lm(family), skip=("lm_head",))
     found = lm_logits(model)
     dequantize(model)
-    torch.testing.assert_close(found, lm_logits(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, lm_logits(model), rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_without_such_layers_is_refused() -> None:
@@ -283,7 +283,7 @@ def test_a_model_is_adapted_merged_and_restored(variant: str) -> None:
     trained(model)
     before = logits(model)
     merge(model)
-    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
     unmerge(model)
     assert torch.equal(logits(model), before)
     with pytest.raises(AdapterError, match="merge the adapter first"):
@@ -292,7 +292,7 @@ def test_a_model_is_adapted_merged_and_restored(variant: str) -> None:
     remove(model)
     dequantize(model)
     assert not quantized_layers(model)
-    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
 
 
 def test_shapes_are_known_without_dequantising(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +340,7 @@ def test_parts_of_gpt2s_fused_projection_are_adapted_and_saved_as_peft_expects_a
     assert torch.equal(lm_logits(other), lm_logits(model))
     before = lm_logits(model)
     merge(model)
-    torch.testing.assert_close(lm_logits(model), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lm_logits(model), before, rtol=1e-5, atol=1e-5)
 
 
 @each_variant
