@@ -73,6 +73,7 @@ class Experiment:
             **task.head,
             seed=spec.seed_for("init"),
             dtype=device.dtype,
+            device=device.device,
         )
         base.model.to(device.device)
         data = {split: task.encode(found, base) for split, found in rows.items()}
@@ -109,7 +110,8 @@ class Experiment:
     def identity(self) -> dict[str, str]:
         """What a checkpoint belongs to, besides the configuration."""
         data = self.rows["train"].fingerprint + self.rows["validation"].fingerprint
-        libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+        names = ("torch", "transformers", *_libraries(self.base))
+        libraries = ", ".join(f"{name} {version(name)}" for name in names)
         return {
             "data": data,
             "base model": self.fingerprint,
@@ -175,6 +177,7 @@ class Experiment:
                 "task": self.task.spec.name,
                 "labels": list(self.task.labels) if self.task.labels else None,
                 "tokens": self.spec.model.add_tokens,
+                "quantization": self.spec.model.quantization,
             },
         )
         if self.spec.lora.variant == "full":
@@ -212,6 +215,7 @@ class Experiment:
                 "family": base.family,
                 "source": base.source,
                 "fingerprint": self.fingerprint,
+                "quantized": base.quantized.facts() if base.quantized else None,
             },
             "data": {
                 split: {
@@ -237,7 +241,8 @@ class Experiment:
             "init_seed": self.spec.seed_for("init"),
             "data_seed": self.spec.seed_for("data"),
             "device": str(self.device),
-            "versions": {"lora": __version__, "python": platform.python_version()} | {n: version(n) for n in _VERSIONS},
+            "versions": {"lora": __version__, "python": platform.python_version()}
+            | {name: version(name) for name in (*_VERSIONS, *_libraries(base))},
         }
 
     def cost(self, progress: Progress) -> dict[str, float]:
@@ -316,6 +321,11 @@ def _check_packing(task: Task, base: BaseModel, data: Encoded, device: Device) -
             found.append(learnt(forward(base.model, batch), batch)[0])
     if not same_logits(*found, tolerance=1e-4 if device.precision == "fp32" else 2e-2):
         raise refusal
+
+
+def _libraries(base: BaseModel) -> tuple[str, ...]:
+    """Libraries, besides those that every run uses, on which the last digits depend."""
+    return ("bitsandbytes",) if base.quantized else ()
 
 
 def _logits(task: Task, base: BaseModel, data: Encoded, device: Device) -> torch.Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.errors import ModelError, printable
+from lora_cli.errors import ConfigError, ModelError, printable
 from lora_cli.families import layer_groups
 from lora_cli.reader import class_for, decoder_start, load_config, random_config, task_type
 from lora_cli.sources import check_checkpoint, find_source
@@ -23,6 +23,8 @@ from lora_cli.unpadded import remove_padding
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from lora_cli.nn import QuantizedSize
 
 __all__ = ["BaseModel", "load_base", "save_config"]
 
@@ -54,7 +56,9 @@ class BaseModel:
     revision: str | None
     """Commit of the hub model, as far as it is known."""
     fingerprint: str
-    """Of its weights, as they were before tokens were added."""
+    """Of its weights, as they were before tokens were added and layers quantised."""
+    quantized: QuantizedSize | None
+    """What quantising its layers saved; None: they are as they were loaded."""
     new_rows: tuple[int, ...]
     """Numbers of the added tokens, whose rows have to be trained and saved."""
 
@@ -67,6 +71,7 @@ def load_base(
     problem: str,
     seed: int,
     dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> BaseModel:
     """The model of `spec` with a head of `num_outputs` for "classification" or "regression", or, for "generation", as
     it is: a decoder or an encoder-decoder that writes.
@@ -74,18 +79,19 @@ def load_base(
     What the checkpoint lacks is drawn as transformers draws it, but from a generator seeded by
     (`seed`, parameter name): the same head whatever else was loaded or drawn before. So are the rows of
     `spec.add_tokens`, for which embeddings grow if they are too small. The global generators are left as
-    they were, and nothing is printed. `dtype` None: fp32.
+    they were, and nothing is printed. `dtype` None: fp32. `device` is where layers are quantised, and stay; the rest of
+    the model is on the CPU.
 
     A model of a family that allows it computes no padding (see `unpadded`).
 
     Raises:
         ModelError: the checkpoint is missing, damaged, not trusted, or not made for this.
         UnknownName: model.family or a key of model.random is none.
-        ConfigError: the tokenizer knows one of the tokens to be added.
+        ConfigError: the tokenizer knows one of the tokens to be added; the layers cannot be quantised as asked.
     """
     import torch
 
-    from lora_cli.nn import fingerprint
+    from lora_cli.nn import fingerprint, quantized_size
 
     head = _head_settings(num_outputs, labels, problem)
     source = find_source(spec)
@@ -104,6 +110,9 @@ def load_base(
     fresh_modules = () if writes else (_outermost(model, fresh) or _head(model))
     digest = fingerprint(model, fresh=fresh_modules)
     new_rows = _add_tokens(model, tokenizer, spec.add_tokens, seed)
+    skip = _output_embedding(model)
+    if spec.quantization != "none":
+        _quantize(model, spec.quantization, [*fresh_modules, *skip], device or torch.device("cpu"))
     # Decoders find the last token of a text, which their head reads, by what the config calls padding.
     model.config.pad_token_id = tokenizer.pad_token_id
     # Nothing is generated in training, and a cache would hold every layer's keys and values.
@@ -117,7 +126,7 @@ def load_base(
         family=model.config.model_type,
         groups=layer_groups(model.config.model_type, spec.targets),
         fresh=fresh_modules,
-        skip=_output_embedding(model),
+        skip=skip,
         max_length=max_length,
         task_type=task_type(model.config, problem),
         decoder_start=decoder_start(model.config, model.generation_config.to_dict()) if writes else None,
@@ -125,6 +134,7 @@ def load_base(
         base_name=source.base_name,
         revision=source.revision,
         fingerprint=digest,
+        quantized=quantized_size(model),
         new_rows=new_rows,
     )
 
@@ -283,6 +293,14 @@ def _add_tokens(
             model.resize_token_embeddings(max(numbers) + 1, mean_resizing=False)
     draw_rows(model, numbers, num_known=num_known, seed=seed)
     return tuple(numbers)
+
+
+def _quantize(model: PreTrainedModel, kind: str, skip: Sequence[str], device: torch.device) -> None:
+    from lora_cli.nn import quantize
+
+    if device.type == "mps":
+        raise ConfigError("model.quantization", kind, "not on device.name=mps")
+    quantize(model, kind, skip=skip, device=device)
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: object) -> None:

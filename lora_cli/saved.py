@@ -13,7 +13,7 @@ from lora_cli.models import load_base
 from lora_cli.nn import load_adapter, read_adapter
 from lora_cli.runs.directory import RunDirectory
 from lora_cli.runs.registry import find_run, is_bare_adapter
-from lora_cli.spec import ChatRun, ClassificationSpec, EvalRun, InferRun, MergeRun, ModelSpec, TaskSpec
+from lora_cli.spec import QUANTIZATIONS, ChatRun, ClassificationSpec, EvalRun, InferRun, MergeRun, ModelSpec, TaskSpec
 from lora_cli.tasks import Task, build_task
 from lora_cli.tokenizer import load_tokenizer
 
@@ -38,6 +38,8 @@ class Saved:
     """Examples per forward pass; by default the run's own, so that its figures come out to the last digit."""
     data: Mapping[str, Any]
     """What the run saw: split → number and fingerprint of its rows."""
+    quantization: str
+    """How the base was kept when the adapter was trained; `model.quantization` says how it is now."""
     data_seed: int
     """What the run drew its validation rows with, where a data set brings none."""
 
@@ -63,6 +65,7 @@ def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun) -> Saved:
         **task.head,
         seed=int(facts.get("init_seed", 0)),
         dtype=device.dtype,
+        device=device.device,
     )
     load_adapter(
         base.model,
@@ -86,8 +89,15 @@ def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun) -> Saved:
         device,
         batch_size,
         facts.get("data", {}),
+        _quantization_of(adapter.extra.get("quantization", "none"), path),
         int(facts.get("data_seed", 0)),
     )
+
+
+def _quantization_of(name: Any, path: Path) -> str:
+    if name not in QUANTIZATIONS:
+        raise AdapterError(f"{path}: quantization {printable(name, 40)}; known are {', '.join(QUANTIZATIONS)}")
+    return str(name)
 
 
 def _with_tokens(spec: ModelSpec, tokens: Any, path: Path) -> ModelSpec:

@@ -25,6 +25,7 @@ __all__ = [
     "FORMATS",
     "IMPORT_FORMATS",
     "PRECISIONS",
+    "QUANTIZATIONS",
     "SCALINGS",
     "SCHEDULES",
     "SPLITS",
@@ -68,6 +69,7 @@ SCALINGS = ("alpha/r", "alpha/sqrt(r)")
 BIASES = ("none", "all", "lora_only")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+QUANTIZATIONS = ("none", "nf4", "int8")
 SCHEDULES = ("linear", "cosine", "constant")
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
 METRICS = ("accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman")
@@ -355,6 +357,9 @@ class ModelSpec:
     """Layers meant by lora.targets=[default]; None: the family's query and value."""
     dropout: float | None = None
     """Dropout inside the base model; None: as its checkpoint has it."""
+    quantization: str = "none"
+    """How the frozen linear layers are kept: none (as loaded), nf4 (4 bits, QLoRA, arXiv:2305.14314) or int8
+    (arXiv:2208.07339). Embeddings, norms, the head and the output embedding stay as they are."""
     add_tokens: list[str] = field(default_factory=list)
     """Tokens that the base lacks, such as <data>: each gets one number, and a row that trains and is saved."""
     trust_remote_code: bool = False
@@ -363,6 +368,7 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.dropout is not None:
             _share("model.dropout", self.dropout)
+        _one_of("model.quantization", self.quantization, QUANTIZATIONS, "way to keep weights")
         if not all(token.strip() for token in self.add_tokens):
             raise ConfigError("model.add_tokens", self.add_tokens, "texts that are not blank")
         if len(set(self.add_tokens)) != len(self.add_tokens):
@@ -555,6 +561,8 @@ class TrainRun:
         if self.train.metric is not None:
             _one_of("train.metric", self.train.metric, [*self.task.metrics, "loss"], "metric of the task")
         _check_packing(self.task, self.train)
+        if self.lora.variant == "full" and self.model.quantization != "none":
+            raise ConfigError("model.quantization", self.model.quantization, "none where everything trains (lora=full)")
 
     def seed_for(self, kind: str) -> int:
         """The seed for "init", "data" or "dropout": its own key's, else the run's."""

@@ -128,6 +128,9 @@ def _check_same_budget(methods: Mapping[str, TrainRun]) -> None:
                 raise ConfigError("compare.methods", method, fault)
         if found.task != known.task:
             raise ConfigError("compare.methods", method, f"its file sets another task.* than that of {first}")
+        # A method may say how the base is kept in memory, but not which one it is.
+        if dataclasses.replace(found.model, quantization=known.model.quantization) != known.model:
+            raise ConfigError("compare.methods", method, f"its file sets another model.* than that of {first}")
 
 
 def _compare(spec: CompareRun, jobs: Sequence[_Job], folder: Path, screen: Screen, *, only_there: bool) -> None:

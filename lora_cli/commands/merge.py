@@ -37,7 +37,7 @@ def run(spec: MergeRun, *, directory: Path | None = None, overrides: Sequence[st
     if output.exists():
         raise ConfigError("output", spec.output, "exists already; give a new folder")
     from lora_cli.merged import DTYPES, save_merged
-    from lora_cli.nn import merge, remove
+    from lora_cli.nn import dequantize, merge, quantized_size, remove
     from lora_cli.saved import open_saved
     from lora_cli.tokenizer import save_tokenizer
 
@@ -46,8 +46,14 @@ def run(spec: MergeRun, *, directory: Path | None = None, overrides: Sequence[st
     screen.fact("run", str(saved.path))
     examples = _examples(spec, saved)
     before = list(_compared(saved, examples))
+    quantized = quantized_size(saved.model)
     changes = merge(saved.model)
     remove(saved.model)
+    if quantized:
+        dequantize(saved.model)
+    base = _base(quantized.kind if quantized else "none", saved.quantization)
+    if base:
+        screen.fact("base", base)
     screen.fact("merged", f"{len(changes)} layers, largest change of a weight {max(changes.values(), default=0.0):.3g}")
     certificate = {}
     if examples:
@@ -62,8 +68,16 @@ def run(spec: MergeRun, *, directory: Path | None = None, overrides: Sequence[st
         save_merged(saved.model, temporary, dtype=spec.dtype, shard_size=spec.shard_size)
         save_tokenizer(saved.tokenizer, temporary)
         facts = {"run": str(saved.path), "split": spec.task.split, "rows": len(examples), "dtypes": certificate}
+        facts["base"] = base or "as it was loaded"
         write_json(temporary / "certificate.json", facts)
     screen.line(f"{output}\nstored as {spec.dtype}; transformers loads it like any model, without an adapter")
+
+
+def _base(kept: str, trained: str) -> str:
+    """Into which base the adapter is merged, if there are two that it could be; kept as `kept`, `trained` on."""
+    if kept != "none":
+        return f"dequantised from {kept}; model.quantization=none merges into the weights as they were loaded"
+    return "" if trained == "none" else f"as it was loaded; the adapter was trained on it in {trained}"
 
 
 def _examples(spec: MergeRun, saved: Saved) -> Sequence[Any]:

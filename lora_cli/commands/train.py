@@ -166,6 +166,8 @@ def _show(screen: Screen, experiment: Experiment) -> None:
     for split, encoded in experiment.data.items():
         screen.fact(split, _data_line(encoded, task.spec.max_length))
     screen.fact("model", f"{base.base_name} ({base.family}, from {base.source})")
+    if base.quantized:
+        screen.fact("quantised", base.quantized.describe())
     screen.fact("device", f"{experiment.device} ({experiment.device.reason})")
     table = [
         (_layers(row.pattern, row.modules), len(row.modules), _ranks(row.ranks), row.num_parameters)
@@ -178,9 +180,12 @@ def _show(screen: Screen, experiment: Experiment) -> None:
     if injection.left_out:
         screen.fact("left out", f"{', '.join(injection.left_out)} (not layers that can be adapted)")
     share = injection.num_trainable / injection.num_total
-    memory = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters()) / 2**20
+    memory = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters())
+    memory += base.quantized.bytes if base.quantized else 0
     trainable, total = count(injection.num_trainable), count(injection.num_total)
-    screen.fact("in all", f"{trainable} of {total} parameters train ({share:.2%}); weights take {memory:,.0f} MiB")
+    screen.fact(
+        "in all", f"{trainable} of {total} parameters train ({share:.2%}); weights take {memory / 2**20:,.0f} MiB"
+    )
 
 
 def _data_line(encoded: Encoded, max_length: int) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lora_cli.nn import adapted_layers
+from lora_cli.nn import adapted_layers, quantized_layers
 
 __all__ = ["Footprint", "footprint"]
 
@@ -27,7 +27,7 @@ class Footprint:
     gradient_bytes: int
     optimizer_bytes: int
     base_bytes: int
-    """What all tasks share: weights that are not saved with an adapter."""
+    """What all tasks share: weights that are not saved with an adapter, as they were before they were quantised."""
     task_bytes: int
     """What each task adds: weights that are saved with it."""
 
@@ -49,13 +49,14 @@ def footprint(model: nn.Module) -> Footprint:
     saved = {id(parameter): parameter for parameter in (*trained, *adapters)}
     base = [parameter for parameter in model.parameters() if id(parameter) not in saved]
     num_trained = sum(parameter.numel() for parameter in trained)
+    quantized = quantized_layers(model)
     return Footprint(
-        total_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        total_parameters=sum(p.numel() for p in model.parameters()) + sum(q.num_weights for q in quantized),
         trainable_parameters=num_trained,
         weight_bytes=_size([*model.parameters(), *model.buffers()]),
         gradient_bytes=_FP32 * num_trained,
         optimizer_bytes=_FP32 * _MOMENTS * num_trained,
-        base_bytes=_size(base),
+        base_bytes=_size(base) + sum(layer.num_weights * layer.dtype.itemsize for layer in quantized),
         task_bytes=_FP32 * sum(parameter.numel() for parameter in saved.values()),
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from lora_cli.errors import TrainingFailure
+from lora_cli.nn import quantized_layers
 
 __all__ = ["Movement", "check_same_logits", "same_logits"]
 
@@ -18,7 +19,7 @@ class Movement:
         self._model = model
         self._trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
         # A tensor's version counts its in-place changes: exact, and free of a copy of the base model.
-        self._frozen = {n: p._version for n, p in model.named_parameters() if not p.requires_grad}
+        self._frozen = {n: tensor._version for n, tensor in _frozen(model).items()}
 
     def verify(self, *, still: Iterable[str] = ()) -> None:
         """Compare with now. `still` are endings of names that may not have moved yet (A, after one step from B=0).
@@ -32,7 +33,8 @@ class Movement:
             for name, before in self._trained.items()
             if not name.endswith(tuple(still)) and torch.equal(before, parameters[name].detach())
         ]
-        moved = [name for name, version in self._frozen.items() if parameters[name]._version != version]
+        frozen = _frozen(self._model)
+        moved = [name for name, version in self._frozen.items() if frozen[name]._version != version]
         if stuck:
             hint = "a tiny train.lr does that too"
             raise TrainingFailure(
@@ -57,6 +59,13 @@ def same_logits(expected: torch.Tensor, found: torch.Tensor, *, tolerance: float
     """Whether two batches of logits agree within `tolerance` (absolute, and relative to the largest)."""
     difference = (expected.float() - found.float()).abs().max().item()
     return difference <= tolerance * max(1.0, expected.float().abs().max().item())
+
+
+def _frozen(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What must not change: parameters that do not train, and what quantised layers keep of theirs."""
+    kept = {id(tensor) for layer in quantized_layers(model) for tensor in layer.buffers()}
+    buffers = {name: tensor for name, tensor in model.named_buffers() if id(tensor) in kept}
+    return {name: p for name, p in model.named_parameters() if not p.requires_grad} | buffers
 
 
 def _some(names: list[str]) -> str:

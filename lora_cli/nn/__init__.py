@@ -15,6 +15,15 @@ from lora_cli.nn.inject import (
     unmerge,
 )
 from lora_cli.nn.layers import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear
+from lora_cli.nn.quantized import (
+    LoraQuantizedLinear,
+    QuantizedLinear,
+    QuantizedSize,
+    dequantize,
+    quantize,
+    quantized_layers,
+    quantized_size,
+)
 from lora_cli.nn.tokens import draw_rows
 from lora_cli.nn.variants import VARIANTS
 
@@ -27,8 +36,12 @@ __all__ = [
     "LoraEmbedding",
     "LoraLayer",
     "LoraLinear",
+    "LoraQuantizedLinear",
+    "QuantizedLinear",
+    "QuantizedSize",
     "TargetRow",
     "adapted_layers",
+    "dequantize",
     "draw_rows",
     "fingerprint",
     "inject",
@@ -36,6 +49,9 @@ __all__ = [
     "load_trainable_state",
     "merge",
     "parameter_groups",
+    "quantize",
+    "quantized_layers",
+    "quantized_size",
     "read_adapter",
     "remove",
     "save_adapter",

@@ -193,11 +193,11 @@ def _num_outputs(model: nn.Module, name: str) -> int:
             f"{printable(name, 90)}: no layer of this model; is model= the one it was trained on?"
         ) from None
     kind = kind_of(module)
-    if kind is None or module.get_parameter("weight").ndim != 2:
+    if kind is None or not (kind.is_projection or isinstance(module, nn.Embedding)):
         raise AdapterError(
             f"{printable(name, 90)} is a {type(module).__name__}; only linear layers and embeddings mean the same there"
         )
-    return kind.matrix_of(module).shape[0]
+    return kind.shape_of(module)[0]
 
 
 def _check_shape(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lora_cli.errors import AdapterError
 from lora_cli.nn.fused import placement_of
-from lora_cli.nn.kinds import kind_of, matrix_of
+from lora_cli.nn.kinds import kind_of, shape_of
 from lora_cli.nn.layers import LoraLayer, generator_for
+from lora_cli.nn.quantized import quantized_layers
 from lora_cli.nn.targets import FULL, LayerPlan, Plan, first_names, is_inside, plan_adapter
 from lora_cli.nn.tokens import TokenRows, token_layers, vocabulary_layers
 from lora_cli.nn.variants import VARIANTS
@@ -138,7 +139,7 @@ def _adapt(model: nn.Module, name: str, layer: LayerPlan, spec: LoraSpec, seed: 
         scaling=spec.scaling,
         dropout=spec.dropout,
         variant=spec.variant,
-        placement=placement_of(model, name, layer.parts, matrix_of(model, name).shape[0]) if layer.parts else None,
+        placement=placement_of(model, name, layer.parts, shape_of(model, name)[0]) if layer.parts else None,
         generator=generator_for(seed, name),
     )
 
@@ -277,7 +278,7 @@ def _injection(model: nn.Module, plan: Plan, spec: LoraSpec) -> Injection:
         trained_whole=plan.whole,
         num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         num_adapter=sum(sizes.values()) + sum(tokens.values()),
-        num_total=sum(p.numel() for p in model.parameters()),
+        num_total=sum(p.numel() for p in model.parameters()) + sum(q.num_weights for q in quantized_layers(model)),
         left_out=plan.left_out,
     )
 

@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 from lora_cli.nn.convolutions import LoraConvolution
 from lora_cli.nn.layers import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear
+from lora_cli.nn.quantized import LoraQuantizedLinear
 
-__all__ = ["KINDS", "kind_of", "matrix_of"]
+__all__ = ["KINDS", "kind_of", "matrix_of", "shape_of"]
 
-KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraConv1D, LoraEmbedding, LoraConvolution)
+KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraConv1D, LoraEmbedding, LoraConvolution, LoraQuantizedLinear)
 """In no order that matters: at most one fits a module."""
 
 
@@ -26,3 +27,12 @@ def matrix_of(model: nn.Module, name: str) -> Tensor:
     kind = kind_of(module)
     assert kind is not None
     return kind.matrix_of(module)
+
+
+def shape_of(model: nn.Module, name: str) -> tuple[int, int]:
+    """(out, in) of such a layer, for less than the weight costs where that is quantised."""
+    module = model.get_submodule(name)
+    base = module.base_layer if isinstance(module, LoraLayer) else module
+    kind = type(module) if isinstance(module, LoraLayer) else kind_of(base)
+    assert kind is not None
+    return kind.shape_of(base)

@@ -64,7 +64,7 @@ class LoraLayer(nn.Module):
         self.scaling = SCALINGS[scaling](alpha, r)
         self.variant = variant
         self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
-        device = self._base_weight.device
+        device = self.device
         self.placement = None if placement is None else placement.to(device)
         num_parts, num_rows = (len(placement.parts), placement.num_rows) if placement else (1, self.out_features)
         # Drawn on the CPU: a device's own generator would give another init on another device.
@@ -94,6 +94,12 @@ class LoraLayer(nn.Module):
         return weight.T if cls.is_transposed else weight
 
     @classmethod
+    def shape_of(cls, base_layer: nn.Module) -> tuple[int, int]:
+        """(out, in) of a base of this kind."""
+        rows, columns = cls.matrix_of(base_layer).shape
+        return rows, columns
+
+    @classmethod
     def groups_of(cls, base_layer: nn.Module) -> int:
         """In how many groups a base of this kind computes: 1, or a convolution's."""
         return 1
@@ -108,6 +114,11 @@ class LoraLayer(nn.Module):
         return self.base_layer.get_parameter("weight")
 
     @property
+    def device(self) -> torch.device:
+        """Where the base layer is."""
+        return self._base_weight.device
+
+    @property
     def matrix(self) -> Tensor:
         """The base weight as (out, in)."""
         return self.matrix_of(self.base_layer)
@@ -115,12 +126,12 @@ class LoraLayer(nn.Module):
     @property
     def in_features(self) -> int:
         """Size of an input."""
-        return self.matrix.shape[1]
+        return self.shape_of(self.base_layer)[1]
 
     @property
     def out_features(self) -> int:
         """Size of an output."""
-        return self.matrix.shape[0]
+        return self.shape_of(self.base_layer)[0]
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from lora_cli.errors import AdapterError, printable
 from lora_cli.nn.convolutions import Kernel, LoraConvolution, kernels_of
 from lora_cli.nn.fused import Placement, placement_of
-from lora_cli.nn.kinds import kind_of, matrix_of
+from lora_cli.nn.kinds import kind_of, shape_of
 from lora_cli.nn.layers import LoraConv1D, LoraEmbedding, LoraLayer
 from lora_cli.nn.peft_config import NO_TARGETS, PeftConfig
+from lora_cli.nn.quantized import LoraQuantizedLinear
 from lora_cli.nn.targets import ALL_LINEAR, FULL, LayerPlan, Plan, first_names, is_inside, outermost
 from lora_cli.nn.tokens import TokenRows, vocabulary_layers
 from lora_cli.nn.variants import VARIANTS
@@ -166,7 +167,7 @@ def build_config(model: nn.Module, plan: Plan, spec: LoraSpec, task_type: str | 
     r, alpha = mode([*ranks.values()] or [spec.r]), mode([*alphas.values()] or [_plain(spec.alpha)])
     config: dict[str, Any] = {
         "bias": spec.bias,
-        "fan_in_fan_out": any(isinstance(model.get_submodule(name), LoraConv1D) for name in plan.layers),
+        "fan_in_fan_out": any(_has_in_first(model.get_submodule(name)) for name in plan.layers),
         "inference_mode": True,
         "lora_alpha": alpha,
         "lora_dropout": spec.dropout,
@@ -238,7 +239,7 @@ def _plain(alpha: float) -> int | float:
 
 def _layer_tensors(model: nn.Module, plan: Plan, spec: LoraSpec) -> Iterator[StoredTensor]:
     for name, layer in plan.layers.items():
-        base, (rows, columns) = _base(model, name), matrix_of(model, name).shape
+        base, (rows, columns) = _base(model, name), shape_of(model, name)
         r, _ = stored_scale(layer, spec.scaling)
         placement = placement_of(model, name, layer.parts, rows) if layer.parts else None
         kernels = kernels_of(base, r) if LoraConvolution.fits(base) else {}
@@ -283,6 +284,13 @@ def _bias_tensors(model: nn.Module, plan: Plan, spec: LoraSpec) -> Iterator[Stor
     for name, parameter in model.named_parameters() if spec.bias == "all" else ():
         if f".{name}".endswith(".bias") and not is_inside(name, [*plan.layers, *plan.whole]):
             yield StoredTensor(name, (PREFIX + name,), tuple(parameter.shape))
+
+
+def _has_in_first(layer: nn.Module) -> bool:
+    """Whether PEFT finds a Conv1D there, whose weight is (in, out)."""
+    if isinstance(layer, LoraQuantizedLinear):
+        return layer.quantized.is_transposed
+    return isinstance(layer, LoraConv1D)
 
 
 def _base(model: nn.Module, name: str) -> nn.Module:

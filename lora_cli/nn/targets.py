@@ -17,8 +17,9 @@ from torch import nn
 from lora_cli.errors import ConfigError, UnknownName
 from lora_cli.nn.convolutions import check_groups
 from lora_cli.nn.fused import placement_of
-from lora_cli.nn.kinds import KINDS, kind_of, matrix_of
+from lora_cli.nn.kinds import KINDS, kind_of, shape_of
 from lora_cli.nn.layers import LoraLayer
+from lora_cli.nn.quantized import quantized_layers
 from lora_cli.nn.tokens import vocabulary_layers
 from lora_cli.nn.variants import VARIANTS
 from lora_cli.spec import MAX_RANK, MAX_SCALING, LoraSpec
@@ -115,7 +116,7 @@ def check_plan(model: nn.Module, plan: Plan, spec: LoraSpec) -> None:
     """
     _check_rows(model, plan, spec)
     for name, layer in plan.layers.items():
-        rows, columns = matrix_of(model, name).shape
+        rows, columns = shape_of(model, name)
         if layer.parts:
             rows = _check_parts(model, name, layer, spec)
         key = "lora.r" if layer.r == spec.r else "lora.rank_pattern"
@@ -125,6 +126,8 @@ def check_plan(model: nn.Module, plan: Plan, spec: LoraSpec) -> None:
     _check_ties(model, plan)
     for name in plan.whole:
         module = model.get_submodule(name)
+        if quantized_layers(module):
+            raise ConfigError("lora.modules_to_save", name, "is quantised (model.quantization), so it cannot train")
         state = sorted(module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys())
         if state:
             raise ConfigError("lora.modules_to_save", name, f"has state that does not train ({state[0]})")
@@ -240,7 +243,7 @@ def _has_experts(model: nn.Module, name: str) -> bool:
 
 def _check_parts(model: nn.Module, name: str, layer: LayerPlan, spec: LoraSpec) -> int:
     """The number of outputs of the smallest part."""
-    placement = placement_of(model, name, layer.parts, matrix_of(model, name).shape[0])
+    placement = placement_of(model, name, layer.parts, shape_of(model, name)[0])
     if VARIANTS[spec.variant].parameters:
         raise ConfigError("lora.variant", spec.variant, f"not for parts of a fused projection ({name}); adapt it whole")
     # On disk the parts are one update of rank k·r, and must be allowed as such.

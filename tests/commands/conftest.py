@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,8 @@ def blocked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Environment in which every attempt to dial out fails, and is written down in the file DIALLED."""
     folder = tmp_path_factory.mktemp("blocked")
     (folder / "sitecustomize.py").write_text(BLOCK)
-    return {"PYTHONPATH": str(folder), "DIALLED": str(folder / "dialled.txt"), "HF_HUB_OFFLINE": "0"}
+    paths = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": paths, "DIALLED": str(folder / "dialled.txt"), "HF_HUB_OFFLINE": "0"}
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from conftest import Answer, Completed
 
 WORDS = (*TINY, *FILMS, "train.epochs=1")
 COUNTED = (*TINY, *FILMS, "compare.train=false")
-NOWHERE = "# @package _global_\nmodel: {path: nowhere}\n"
+NOWHERE = "rank_pattern: {nowhere: 2}\n"
 
 
 @dataclass(frozen=True)
