@@ -384,6 +384,9 @@ class LoraSpec:
     """The update is scaled by alpha/r (or alpha/sqrt(r), see `scaling`)."""
     scaling: str = "alpha/r"
     """alpha/r, or alpha/sqrt(r) as in rsLoRA (arXiv:2312.03732)."""
+    b_lr_ratio: float = 1.0
+    """Learning rate of B over that of A, above 1 in LoRA+ (arXiv:2402.12354). A keeps train.lr; so do both factors of
+    an embedding, where A is looked up and no width of the input enters."""
     dropout: float = 0.0
     """Probability of dropping an input of A in training."""
     targets: list[str] = field(default_factory=lambda: ["default"])
@@ -402,6 +405,7 @@ class LoraSpec:
         _one_of("lora.variant", self.variant, VARIANTS, "variant")
         _one_of("lora.scaling", self.scaling, SCALINGS, "scaling")
         _one_of("lora.bias", self.bias, BIASES, "bias mode")
+        _positive("lora.b_lr_ratio", self.b_lr_ratio)
         _share("lora.dropout", self.dropout)
         ranks = {"lora.r": self.r} | {f"lora.rank_pattern.{k}": v for k, v in self.rank_pattern.items()}
         alphas = {"lora.alpha": self.alpha} | {f"lora.alpha_pattern.{k}": v for k, v in self.alpha_pattern.items()}
@@ -417,6 +421,8 @@ class LoraSpec:
                     raise ConfigError(f"lora.{name}", value, "empty where everything trains (lora.variant=full)")
             if self.bias != "none":
                 raise ConfigError("lora.bias", self.bias, "none where everything trains (lora.variant=full)")
+            if self.b_lr_ratio != 1:
+                raise ConfigError("lora.b_lr_ratio", self.b_lr_ratio, "1 where there is no B (lora.variant=full)")
 
 
 @dataclass(kw_only=True)
