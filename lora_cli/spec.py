@@ -63,7 +63,7 @@ __all__ = [
 ]
 
 SPLITS = ("train", "validation", "test")
-VARIANTS = ("lora", "dora", "full")
+VARIANTS = ("lora", "dora", "lora_fa", "full")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)")
 BIASES = ("none", "all", "lora_only")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -376,8 +376,8 @@ class LoraSpec:
     """Which layers are adapted, and how (Hu et al. 2021, arXiv:2106.09685)."""
 
     variant: str = "lora"
-    """How the update meets the base weight: lora (W + s B A) or dora (arXiv:2402.09353); full: no adapter, every weight
-    of the base model trains."""
+    """How the update meets the base weight: lora (W + s B A), dora (arXiv:2402.09353) or lora_fa (only B trains,
+    arXiv:2308.03303); full: no adapter, every weight of the base model trains."""
     r: int = 8
     """Rank of the update."""
     alpha: float = 16.0
@@ -415,6 +415,8 @@ class LoraSpec:
         for key, alpha in alphas.items():
             if not 0 < alpha <= MAX_SCALING:
                 raise ConfigError(key, alpha, f"a number above 0, at most {MAX_SCALING:g}")
+        if self.variant == "lora_fa" and self.b_lr_ratio != 1:
+            raise ConfigError("lora.b_lr_ratio", self.b_lr_ratio, "1 where A does not train (lora.variant=lora_fa)")
         if self.variant == "full":
             for name in ("targets", "modules_to_save", "rank_pattern", "alpha_pattern"):
                 if value := getattr(self, name):

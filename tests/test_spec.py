@@ -126,6 +126,7 @@ def test_the_edge_of_a_range_belongs_to_it(cls, name, value) -> None:
         (LoraSpec, {"rank_pattern": {"query": 0}}, ["lora.rank_pattern.query"]),
         (LoraSpec, {"alpha_pattern": {"query": math.nan}}, ["lora.alpha_pattern.query"]),
         (LoraSpec, {"variant": "full", "targets": [], "b_lr_ratio": 16.0}, ["lora.b_lr_ratio", "lora.variant=full"]),
+        (LoraSpec, {"variant": "lora_fa", "b_lr_ratio": 16.0}, ["lora.b_lr_ratio", "lora.variant=lora_fa"]),
         (DeviceSpec, {"name": "cpu", "precision": "fp16"}, ["device.precision", "device.name"]),
         (TrainRun, {"task": ClassificationSpec(), "train": TrainSpec(metric="f1")}, ["train.metric"]),
         (TrainRun, {"task": ClassificationSpec(), "train": TrainSpec(packing=True)}, ["train.packing"]),

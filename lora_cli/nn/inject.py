@@ -301,4 +301,4 @@ def _everything_else(model: nn.Module, heads: Sequence[str]) -> TargetRow:
 
 def _num_adapter(layer: LoraLayer) -> int:
     names = ("A", "B", *VARIANTS[layer.variant].parameters)
-    return sum(layer.get_parameter(name).numel() for name in names)
+    return sum(layer.get_parameter(name).numel() for name in names if name not in VARIANTS[layer.variant].frozen)

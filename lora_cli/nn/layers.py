@@ -71,6 +71,8 @@ class LoraLayer(nn.Module):
         a_RI, b_OR = torch.zeros(num_parts * r, self.in_features), torch.zeros(num_rows, r // self.num_groups)
         self._draw(a_RI, b_OR, generator)
         self.A, self.B = nn.Parameter(a_RI.to(device)), nn.Parameter(b_OR.to(device))
+        for name in VARIANTS[variant].frozen:
+            self.get_parameter(name).requires_grad_(False)
         VARIANTS[variant].prepare(self)
         self._unmerged: Tensor | None = None
 

@@ -18,7 +18,7 @@ from lora_cli.errors import ConfigError, UnknownName
 from lora_cli.nn.convolutions import check_groups
 from lora_cli.nn.fused import placement_of
 from lora_cli.nn.kinds import KINDS, kind_of, matrix_of
-from lora_cli.nn.layers import LoraLayer
+from lora_cli.nn.layers import LoraEmbedding, LoraLayer
 from lora_cli.nn.tokens import vocabulary_layers
 from lora_cli.nn.variants import VARIANTS
 from lora_cli.spec import MAX_RANK, MAX_SCALING, LoraSpec
@@ -110,14 +110,17 @@ def check_plan(model: nn.Module, plan: Plan, spec: LoraSpec) -> None:
     """That `model` allows `plan`.
 
     Raises:
-        ConfigError: a rank that does not fit its layer, parts that the layer does not have, a weight tied to another
-            module, a module with state beside its parameters, a layer whose rows of new tokens train besides.
+        ConfigError: a rank that does not fit its layer, parts that the layer does not have, a variant or an init that is
+            not for it, a weight tied to another module, a module with state beside its parameters, a layer whose rows
+            of new tokens train besides.
     """
     _check_rows(model, plan, spec)
     for name, layer in plan.layers.items():
         rows, columns = matrix_of(model, name).shape
         if layer.parts:
             rows = _check_parts(model, name, layer, spec)
+        if VARIANTS[spec.variant].frozen == ("A",) and kind_of(model.get_submodule(name)) is LoraEmbedding:
+            raise ConfigError("lora.variant", spec.variant, f"not for an embedding ({name}), whose A starts at zero")
         key = "lora.r" if layer.r == spec.r else "lora.rank_pattern"
         groups = check_groups(model.get_submodule(name), name, key, layer.r, spec.variant)
         if layer.r > (most := min(rows, groups * columns)):
