@@ -24,6 +24,7 @@ __all__ = [
     "EXPORT_TARGETS",
     "FORMATS",
     "IMPORT_FORMATS",
+    "INITS",
     "PRECISIONS",
     "SCALINGS",
     "SCHEDULES",
@@ -65,6 +66,7 @@ __all__ = [
 SPLITS = ("train", "validation", "test")
 VARIANTS = ("lora", "dora", "lora_fa", "full")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)")
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva")
 BIASES = ("none", "all", "lora_only")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -384,6 +386,9 @@ class LoraSpec:
     """The update is scaled by alpha/r (or alpha/sqrt(r), see `scaling`)."""
     scaling: str = "alpha/r"
     """alpha/r, or alpha/sqrt(r) as in rsLoRA (arXiv:2312.03732)."""
+    init: str = "kaiming"
+    """Where A and B start: kaiming, gaussian, orthogonal, pissa (arXiv:2404.02948), olora (arXiv:2406.01775), or eva
+    (arXiv:2410.07170), which reads some training examples. Adapters of pissa and olora are saved with rank 2r."""
     b_lr_ratio: float = 1.0
     """Learning rate of B over that of A, above 1 in LoRA+ (arXiv:2402.12354). A keeps train.lr; so do both factors of
     an embedding, where A is looked up and no width of the input enters."""
@@ -405,16 +410,21 @@ class LoraSpec:
         _one_of("lora.variant", self.variant, VARIANTS, "variant")
         _one_of("lora.scaling", self.scaling, SCALINGS, "scaling")
         _one_of("lora.bias", self.bias, BIASES, "bias mode")
+        _one_of("lora.init", self.init, INITS, "init")
         _positive("lora.b_lr_ratio", self.b_lr_ratio)
         _share("lora.dropout", self.dropout)
         ranks = {"lora.r": self.r} | {f"lora.rank_pattern.{k}": v for k, v in self.rank_pattern.items()}
         alphas = {"lora.alpha": self.alpha} | {f"lora.alpha_pattern.{k}": v for k, v in self.alpha_pattern.items()}
+        # These two are saved with twice the rank.
+        most, unless = (2, f" with lora.init={self.init}") if self.init in ("pissa", "olora") else (1, "")
         for key, r in ranks.items():
-            if not 1 <= r <= MAX_RANK:
-                raise ConfigError(key, r, f"a whole number from 1 to {MAX_RANK}")
+            if not 1 <= r <= MAX_RANK // most:
+                raise ConfigError(key, r, f"a whole number from 1 to {MAX_RANK // most}{unless}")
+            if self.init == "orthogonal" and r % 2:
+                raise ConfigError(key, r, "an even number with lora.init=orthogonal")
         for key, alpha in alphas.items():
-            if not 0 < alpha <= MAX_SCALING:
-                raise ConfigError(key, alpha, f"a number above 0, at most {MAX_SCALING:g}")
+            if not 0 < alpha <= MAX_SCALING / most:
+                raise ConfigError(key, alpha, f"a number above 0, at most {MAX_SCALING / most:g}{unless}")
         if self.variant == "lora_fa" and self.b_lr_ratio != 1:
             raise ConfigError("lora.b_lr_ratio", self.b_lr_ratio, "1 where A does not train (lora.variant=lora_fa)")
         if self.variant == "full":
@@ -423,6 +433,8 @@ class LoraSpec:
                     raise ConfigError(f"lora.{name}", value, "empty where everything trains (lora.variant=full)")
             if self.bias != "none":
                 raise ConfigError("lora.bias", self.bias, "none where everything trains (lora.variant=full)")
+            if self.init != "kaiming":
+                raise ConfigError("lora.init", self.init, "kaiming where nothing is drawn (lora.variant=full)")
             if self.b_lr_ratio != 1:
                 raise ConfigError("lora.b_lr_ratio", self.b_lr_ratio, "1 where there is no B (lora.variant=full)")
 

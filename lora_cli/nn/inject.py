@@ -89,7 +89,8 @@ def inject(
     modules without pretrained weights: they train whole. `skip` is what "all-linear" leaves out besides: the
     output embedding. Layers inside a module that trains whole are never adapted. `new_rows` are the numbers of
     tokens whose rows train in the input embedding and in the output layer, from where they stand. Trained tensors
-    become fp32, so a base in a narrower dtype has to run under autocast.
+    become fp32, so a base in a narrower dtype has to run under autocast. With `lora.init=eva`, `start_from_inputs` is
+    to follow.
 
     Raises:
         UnknownName: a target, pattern or module that matches nothing.
@@ -138,6 +139,7 @@ def _adapt(model: nn.Module, name: str, layer: LayerPlan, spec: LoraSpec, seed: 
         scaling=spec.scaling,
         dropout=spec.dropout,
         variant=spec.variant,
+        init=spec.init,
         placement=placement_of(model, name, layer.parts, matrix_of(model, name).shape[0]) if layer.parts else None,
         generator=generator_for(seed, name),
     )
