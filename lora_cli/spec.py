@@ -66,6 +66,10 @@ __all__ = [
 SPLITS = ("train", "validation", "test")
 VARIANTS = ("lora", "dora", "lora_fa", "full")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)")
+_BOTH_TRAIN = ("lora", "dora")
+"""Variants in which a layer has an A and a B that train, so that one can learn faster."""
+_OWN_FACTORS = (*_BOTH_TRAIN, "lora_fa")
+"""Variants in which each layer draws an A and a B of its own, so that they can start otherwise."""
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva")
 BIASES = ("none", "all", "lora_only")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -425,18 +429,16 @@ class LoraSpec:
         for key, alpha in alphas.items():
             if not 0 < alpha <= MAX_SCALING / most:
                 raise ConfigError(key, alpha, f"a number above 0, at most {MAX_SCALING / most:g}{unless}")
-        if self.variant == "lora_fa" and self.b_lr_ratio != 1:
-            raise ConfigError("lora.b_lr_ratio", self.b_lr_ratio, "1 where A does not train (lora.variant=lora_fa)")
+        if self.init != "kaiming" and self.variant not in _OWN_FACTORS:
+            raise ConfigError("lora.init", self.init, f"kaiming with lora.variant={self.variant}")
+        if self.b_lr_ratio != 1 and self.variant not in _BOTH_TRAIN:
+            raise ConfigError("lora.b_lr_ratio", self.b_lr_ratio, f"1 with lora.variant={self.variant}")
         if self.variant == "full":
             for name in ("targets", "modules_to_save", "rank_pattern", "alpha_pattern"):
                 if value := getattr(self, name):
                     raise ConfigError(f"lora.{name}", value, "empty where everything trains (lora.variant=full)")
             if self.bias != "none":
                 raise ConfigError("lora.bias", self.bias, "none where everything trains (lora.variant=full)")
-            if self.init != "kaiming":
-                raise ConfigError("lora.init", self.init, "kaiming where nothing is drawn (lora.variant=full)")
-            if self.b_lr_ratio != 1:
-                raise ConfigError("lora.b_lr_ratio", self.b_lr_ratio, "1 where there is no B (lora.variant=full)")
 
 
 @dataclass(kw_only=True)
