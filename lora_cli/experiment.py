@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import inspect
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +33,7 @@ from lora_cli.nn import (
     parameter_groups,
     remove,
     save_adapter,
+    start_from_inputs,
     trainable_state,
 )
 from lora_cli.spec import LOSS_DOWNWARDS, TEXT_METRICS, TrainRun
@@ -41,6 +43,8 @@ from lora_cli.tasks.sequences import learnt
 __all__ = ["Experiment", "score_split"]
 
 _VERSIONS = ("torch", "transformers", "datasets", "hydra-core", "safetensors")
+_READ = 128
+"""Training examples from whose inputs an init can start."""
 _CHECKED = 8
 """Examples on which self-checks compare logits."""
 
@@ -89,10 +93,13 @@ class Experiment:
             new_rows=base.new_rows,
             seed=spec.seed_for("init"),
         )
-        # B = 0 adds exactly 0. DoRA divides by a norm and multiplies by it, the identity only up to rounding; so is a
-        # product of fewer rows.
+        if spec.lora.init == "eva":
+            start_from_inputs(base.model, _single_forwards(task, base, data["train"], device, spec.seed_for("data")))
+        # B = 0 adds exactly 0, and so does what is still at its start. DoRA divides by a norm and multiplies by it, the
+        # identity only up to rounding; so is a product of fewer rows, and the B A of an orthogonal init.
         rounding = 1e-4 if device.precision == "fp32" else 2e-2
-        tolerance = 0.0 if spec.lora.variant == "lora" and not base.new_rows else rounding
+        is_exact = spec.lora.variant in ("lora", "lora_fa") and spec.lora.init != "orthogonal" and not base.new_rows
+        tolerance = 0.0 if is_exact else rounding
         after = _logits(task, base, data["train"], device)
         check_same_logits("a fresh adapter must not change the base model", before, after, tolerance=tolerance)
         return cls(
@@ -326,6 +333,21 @@ def _check_packing(task: Task, base: BaseModel, data: Encoded, device: Device) -
 def _libraries(base: BaseModel) -> tuple[str, ...]:
     """Libraries, besides those that every run uses, on which the last digits depend."""
     return ("bitsandbytes",) if base.quantized else ()
+
+
+def _single_forwards(
+    task: Task, base: BaseModel, data: Encoded, device: Device, seed: int
+) -> Iterator[Callable[[], object]]:
+    """The model on a few training examples, one by one, so that no layer is given padding."""
+
+    def run(number: int) -> None:
+        batch = device.move(task.collate([data.examples[number]]))
+        with torch.no_grad(), device.autocast():
+            forward(base.model, batch)
+
+    base.model.eval()
+    order = torch.randperm(len(data.examples), generator=torch.Generator().manual_seed(seed))
+    return (partial(run, number) for number in order[:_READ].tolist())
 
 
 def _logits(task: Task, base: BaseModel, data: Encoded, device: Device) -> torch.Tensor:

@@ -24,6 +24,7 @@ __all__ = [
     "EXPORT_TARGETS",
     "FORMATS",
     "IMPORT_FORMATS",
+    "INITS",
     "PRECISIONS",
     "QUANTIZATIONS",
     "SCALINGS",
@@ -64,8 +65,13 @@ __all__ = [
 ]
 
 SPLITS = ("train", "validation", "test")
-VARIANTS = ("lora", "dora", "full")
+VARIANTS = ("lora", "dora", "lora_fa", "full")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)")
+_BOTH_TRAIN = ("lora", "dora")
+"""Variants in which a layer has an A and a B that train, so that one can learn faster."""
+_OWN_FACTORS = (*_BOTH_TRAIN, "lora_fa")
+"""Variants in which each layer draws an A and a B of its own, so that they can start otherwise."""
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva")
 BIASES = ("none", "all", "lora_only")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -382,14 +388,20 @@ class LoraSpec:
     """Which layers are adapted, and how (Hu et al. 2021, arXiv:2106.09685)."""
 
     variant: str = "lora"
-    """How the update meets the base weight: lora (W + s B A) or dora (arXiv:2402.09353); full: no adapter, every weight
-    of the base model trains."""
+    """How the update meets the base weight: lora (W + s B A), dora (arXiv:2402.09353) or lora_fa (only B trains,
+    arXiv:2308.03303); full: no adapter, every weight of the base model trains."""
     r: int = 8
     """Rank of the update."""
     alpha: float = 16.0
     """The update is scaled by alpha/r (or alpha/sqrt(r), see `scaling`)."""
     scaling: str = "alpha/r"
     """alpha/r, or alpha/sqrt(r) as in rsLoRA (arXiv:2312.03732)."""
+    init: str = "kaiming"
+    """Where A and B start: kaiming, gaussian, orthogonal, pissa (arXiv:2404.02948), olora (arXiv:2406.01775), or eva
+    (arXiv:2410.07170), which reads some training examples. Adapters of pissa and olora are saved with rank 2r."""
+    b_lr_ratio: float = 1.0
+    """Learning rate of B over that of A, above 1 in LoRA+ (arXiv:2402.12354). A keeps train.lr; so do both factors of
+    an embedding, where A is looked up and no width of the input enters."""
     dropout: float = 0.0
     """Probability of dropping an input of A in training."""
     targets: list[str] = field(default_factory=lambda: ["default"])
@@ -408,15 +420,25 @@ class LoraSpec:
         _one_of("lora.variant", self.variant, VARIANTS, "variant")
         _one_of("lora.scaling", self.scaling, SCALINGS, "scaling")
         _one_of("lora.bias", self.bias, BIASES, "bias mode")
+        _one_of("lora.init", self.init, INITS, "init")
+        _positive("lora.b_lr_ratio", self.b_lr_ratio)
         _share("lora.dropout", self.dropout)
         ranks = {"lora.r": self.r} | {f"lora.rank_pattern.{k}": v for k, v in self.rank_pattern.items()}
         alphas = {"lora.alpha": self.alpha} | {f"lora.alpha_pattern.{k}": v for k, v in self.alpha_pattern.items()}
+        # These two are saved with twice the rank.
+        most, unless = (2, f" with lora.init={self.init}") if self.init in ("pissa", "olora") else (1, "")
         for key, r in ranks.items():
-            if not 1 <= r <= MAX_RANK:
-                raise ConfigError(key, r, f"a whole number from 1 to {MAX_RANK}")
+            if not 1 <= r <= MAX_RANK // most:
+                raise ConfigError(key, r, f"a whole number from 1 to {MAX_RANK // most}{unless}")
+            if self.init == "orthogonal" and r % 2:
+                raise ConfigError(key, r, "an even number with lora.init=orthogonal")
         for key, alpha in alphas.items():
-            if not 0 < alpha <= MAX_SCALING:
-                raise ConfigError(key, alpha, f"a number above 0, at most {MAX_SCALING:g}")
+            if not 0 < alpha <= MAX_SCALING / most:
+                raise ConfigError(key, alpha, f"a number above 0, at most {MAX_SCALING / most:g}{unless}")
+        if self.init != "kaiming" and self.variant not in _OWN_FACTORS:
+            raise ConfigError("lora.init", self.init, f"kaiming with lora.variant={self.variant}")
+        if self.b_lr_ratio != 1 and self.variant not in _BOTH_TRAIN:
+            raise ConfigError("lora.b_lr_ratio", self.b_lr_ratio, f"1 with lora.variant={self.variant}")
         if self.variant == "full":
             for name in ("targets", "modules_to_save", "rank_pattern", "alpha_pattern"):
                 if value := getattr(self, name):

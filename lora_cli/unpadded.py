@@ -48,8 +48,10 @@ _FAMILIES = {
     "modernbert": _Anatomy(""),
 }
 """model_type → anatomy. DeBERTa's attention is its own."""
-_DECODERS = ("gemma", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt", "phi", "phi3")
-_DECODERS += ("qwen2", "qwen3", "qwen3_moe")
+_DECODERS = (
+    *("gemma", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral"),
+    *("opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe"),
+)
 
 
 def remove_padding(model: PreTrainedModel) -> bool:

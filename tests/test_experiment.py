@@ -33,7 +33,17 @@ def build(model: ModelSpec = TINY, **settings: object) -> Experiment:
     return Experiment.build(spec, task, rows)
 
 
-@pytest.mark.parametrize("lora", [LoraSpec(), LoraSpec(variant="dora", targets=["all-linear"]), LoraSpec(targets=[])])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraSpec(),
+        LoraSpec(variant="dora", targets=["all-linear"]),
+        LoraSpec(variant="lora_fa"),
+        LoraSpec(targets=[]),
+        *(LoraSpec(init=init, targets=["all-linear"]) for init in ("orthogonal", "pissa", "olora", "eva")),
+        LoraSpec(variant="dora", init="pissa", scaling="alpha/sqrt(r)"),
+    ],
+)
 def test_a_fresh_adapter_changes_nothing_and_comes_back_from_disk(lora: LoraSpec, tmp_path: Path) -> None:
     experiment = build(lora=lora)
     experiment.save(tmp_path / "adapter")

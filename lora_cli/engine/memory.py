@@ -46,6 +46,8 @@ def footprint(model: nn.Module) -> Footprint:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # Some methods freeze a factor, which is saved all the same.
     adapters = [each for layer in adapted_layers(model).values() for each in layer.parameters(recurse=False)]
+    # PiSSA and OLoRA are saved with what they started from.
+    starts = [each for layer in adapted_layers(model).values() for each in (layer.A0, layer.B0) if each is not None]
     saved = {id(parameter): parameter for parameter in (*trained, *adapters)}
     base = [parameter for parameter in model.parameters() if id(parameter) not in saved]
     num_trained = sum(parameter.numel() for parameter in trained)
@@ -57,7 +59,7 @@ def footprint(model: nn.Module) -> Footprint:
         gradient_bytes=_FP32 * num_trained,
         optimizer_bytes=_FP32 * _MOMENTS * num_trained,
         base_bytes=_size(base) + sum(layer.num_weights * layer.dtype.itemsize for layer in quantized),
-        task_bytes=_FP32 * sum(parameter.numel() for parameter in saved.values()),
+        task_bytes=_FP32 * sum(tensor.numel() for tensor in (*saved.values(), *starts)),
     )
 
 

@@ -2,6 +2,8 @@
 
 from lora_cli.nn.adapter import AdapterFile, fingerprint, load_adapter, read_adapter, save_adapter
 from lora_cli.nn.convolutions import LoraConvolution
+from lora_cli.nn.eva import start_from_inputs
+from lora_cli.nn.inits import INITS
 from lora_cli.nn.inject import (
     Injection,
     TargetRow,
@@ -28,6 +30,7 @@ from lora_cli.nn.tokens import draw_rows
 from lora_cli.nn.variants import VARIANTS
 
 __all__ = [
+    "INITS",
     "VARIANTS",
     "AdapterFile",
     "Injection",
@@ -55,6 +58,7 @@ __all__ = [
     "read_adapter",
     "remove",
     "save_adapter",
+    "start_from_inputs",
     "trainable_state",
     "unmerge",
 ]

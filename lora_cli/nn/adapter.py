@@ -33,6 +33,7 @@ from lora_cli.nn.peft_format import (
     build_config,
     ignored_keys,
     plan_from,
+    plan_of,
     stored_scale,
     stored_tensors,
 )
@@ -129,14 +130,15 @@ def save_adapter(
         AdapterError: `folder` exists and holds something else.
     """
     spec = injection.spec
-    layers = {name: LayerPlan("", layer.r, layer.alpha, layer.parts) for name, layer in adapted_layers(model).items()}
+    layers = {name: plan_of(layer, spec.scaling) for name, layer in adapted_layers(model).items()}
     rows = {name: tuple(layer.index.tolist()) for name, layer in token_layers(model).items()}
     adapted = Plan(layers, injection.trained_whole, new_rows=rows)
     config, plan = build_config(model, adapted, spec, task_type)
     config |= {"base_model_name_or_path": base_name, "revision": revision}
     facts = {"format": _FORMAT, "made_by": f"lora-cli {__version__}", "fingerprint": fingerprint, "extra": dict(extra)}
+    values = dict[str, Tensor](model.named_parameters(remove_duplicate=False)) | _factors(model)
     tensors = {
-        stored.keys[0]: stored.packed(model.get_parameter(stored.parameter).detach().float().cpu()).contiguous()
+        stored.keys[0]: stored.packed(values[stored.parameter].detach().float().cpu()).contiguous()
         for stored in stored_tensors(model, plan, spec)
     }
     facts |= _parts_facts(layers)
@@ -237,6 +239,14 @@ def _read_tensors(file: AdapterFile, expected: Sequence[StoredTensor], ignored: 
             raise AdapterError(f"{where(path)}: {_few([key])} holds NaN or infinity")
         tensors[stored.parameter] = stored.unpacked(tensor)
     return tensors
+
+
+def _factors(model: nn.Module) -> dict[str, Tensor]:
+    """Name → A and B of each layer's update."""
+    layers = adapted_layers(model).items()
+    return {
+        f"{name}.{letter}": each for name, layer in layers for letter, each in zip("AB", layer.factors(), strict=True)
+    }
 
 
 def _weights_of(spec: LoraSpec) -> str:

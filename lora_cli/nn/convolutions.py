@@ -64,19 +64,22 @@ class LoraConvolution(LoraLayer):
 
     def _placed_b(self) -> Tensor:
         """B for all rows of A: each group's outputs see the group's own, zero elsewhere (out, r)."""
+        B = self._whole_b()
         if self.num_groups == 1:
-            return self.B
-        return torch.block_diag(*self.B.chunk(self.num_groups))  # type: ignore[no-untyped-call, no-any-return]
+            return B
+        return torch.block_diag(*B.chunk(self.num_groups))  # type: ignore[no-untyped-call, no-any-return]
 
     def _reduce(self, x: Tensor) -> Tensor:
-        kernel = self.A.to(x.dtype).view(self.r, -1, *self.base_layer.kernel_size)
+        A = self._whole_a().to(x.dtype)
+        kernel = A.view(len(A), -1, *self.base_layer.kernel_size)
         # torch's own way from padding, its mode, stride and dilation to an output, whatever it is.
         ax: Tensor = self.base_layer._conv_forward(self.dropout(x), kernel, None)
         return ax.movedim(self._channels, -1)
 
     def _expand(self, ax_R: Tensor) -> Tensor:
         num_dimensions = len(self.base_layer.kernel_size)
-        pointwise = self.B.to(ax_R.dtype).view(*self.B.shape, *[1] * num_dimensions)
+        B = self._whole_b().to(ax_R.dtype)
+        pointwise = B.view(*B.shape, *[1] * num_dimensions)
         ax = ax_R.movedim(-1, self._channels)
         return _FUNCTIONS[num_dimensions](ax, pointwise, groups=self.num_groups).movedim(self._channels, -1)
 

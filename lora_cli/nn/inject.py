@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_cli.errors import AdapterError
 from lora_cli.nn.fused import placement_of
 from lora_cli.nn.kinds import kind_of, shape_of
-from lora_cli.nn.layers import LoraLayer, generator_for
+from lora_cli.nn.layers import LoraEmbedding, LoraLayer, generator_for
 from lora_cli.nn.quantized import quantized_layers
 from lora_cli.nn.targets import FULL, LayerPlan, Plan, first_names, is_inside, plan_adapter
 from lora_cli.nn.tokens import TokenRows, token_layers, vocabulary_layers
@@ -90,7 +90,8 @@ def inject(
     modules without pretrained weights: they train whole. `skip` is what "all-linear" leaves out besides: the
     output embedding. Layers inside a module that trains whole are never adapted. `new_rows` are the numbers of
     tokens whose rows train in the input embedding and in the output layer, from where they stand. Trained tensors
-    become fp32, so a base in a narrower dtype has to run under autocast.
+    become fp32, so a base in a narrower dtype has to run under autocast. With `lora.init=eva`, `start_from_inputs` is
+    to follow.
 
     Raises:
         UnknownName: a target, pattern or module that matches nothing.
@@ -139,6 +140,7 @@ def _adapt(model: nn.Module, name: str, layer: LayerPlan, spec: LoraSpec, seed: 
         scaling=spec.scaling,
         dropout=spec.dropout,
         variant=spec.variant,
+        init=spec.init,
         placement=placement_of(model, name, layer.parts, shape_of(model, name)[0]) if layer.parts else None,
         generator=generator_for(seed, name),
     )
@@ -222,23 +224,33 @@ def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def parameter_groups(
     model: nn.Module, injection: Injection, *, lr: float, head_lr: float | None, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: {head, rest} × {decayed, not}, without the empty ones; "names" lists each one's names.
+    """Groups for an optimizer: {head, rest, B} × {decayed, not}, without the empty ones; "names" lists their names.
 
-    Biases, norms and magnitudes (one dimension) are not decayed. `head_lr` is for modules that train whole.
+    Biases, norms and magnitudes (one dimension) are not decayed. `head_lr` is for modules that train whole. B learns
+    `lora.b_lr_ratio` times as fast as A (LoRA+, Hayou et al. 2024, arXiv:2402.12354): A sums over all inputs, so its
+    rate has to fall with their number, B's has not. In an embedding A is looked up, a sum of one term, whichever factor
+    is zero at the start: both keep `lr`.
     """
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    ratio = injection.spec.b_lr_ratio
+    fast = _fast_parameters(model) if ratio != 1 else set()
+    groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_head, is_decayed = is_inside(name, injection.trained_whole), parameter.ndim > 1
+        is_head, is_decayed, is_fast = is_inside(name, injection.trained_whole), parameter.ndim > 1, name in fast
         rates = {
-            "lr": head_lr if is_head and head_lr is not None else lr,
+            "lr": head_lr if is_head and head_lr is not None else lr * (ratio if is_fast else 1),
             "weight_decay": weight_decay if is_decayed else 0.0,
         }
-        group = groups.setdefault((is_head, is_decayed), {"params": [], "names": [], **rates})
+        group = groups.setdefault((is_head, is_fast, is_decayed), {"params": [], "names": [], **rates})
         group["params"].append(parameter)
         group["names"].append(name)
     return [groups[key] for key in sorted(groups)]
+
+
+def _fast_parameters(model: nn.Module) -> set[str]:
+    """Names of every B that LoRA+ is about."""
+    return {f"{name}.B" for name, layer in adapted_layers(model).items() if not isinstance(layer, LoraEmbedding)}
 
 
 def _trained_base_parameters(model: nn.Module, whole: Sequence[str], bias: str) -> Iterator[nn.Parameter]:
@@ -292,4 +304,4 @@ def _everything_else(model: nn.Module, heads: Sequence[str]) -> TargetRow:
 
 def _num_adapter(layer: LoraLayer) -> int:
     names = ("A", "B", *VARIANTS[layer.variant].parameters)
-    return sum(layer.get_parameter(name).numel() for name in names)
+    return sum(layer.get_parameter(name).numel() for name in names if name not in VARIANTS[layer.variant].frozen)

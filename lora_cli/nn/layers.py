@@ -6,7 +6,7 @@ Dimensions in names: I in, O out, R rank; leading dimensions are free.
 from __future__ import annotations
 
 import hashlib
-import math
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from lora_cli.errors import AdapterError
 from lora_cli.nn.fused import Placement
+from lora_cli.nn.inits import INITS, Block
 from lora_cli.nn.variants import SCALINGS, VARIANTS
 
 __all__ = ["LoraConv1D", "LoraEmbedding", "LoraLayer", "LoraLinear", "generator_for"]
@@ -40,6 +41,9 @@ class LoraLayer(nn.Module):
     Shapes: A (r, in), B (out, r); with k parts, of P outputs together, A (k·r, in), B (P, r).
     """
 
+    A0: Tensor | None
+    B0: Tensor | None
+
     is_transposed: ClassVar[bool] = False
     """Whether the base keeps its weight as (in, out)."""
     is_projection: ClassVar[bool] = True
@@ -54,6 +58,7 @@ class LoraLayer(nn.Module):
         scaling: str = "alpha/r",
         dropout: float = 0.0,
         variant: str = "lora",
+        init: str = "kaiming",
         placement: Placement | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -62,15 +67,22 @@ class LoraLayer(nn.Module):
         self.base_layer = base_layer.requires_grad_(False)
         self.r, self.alpha = r, alpha
         self.scaling = SCALINGS[scaling](alpha, r)
-        self.variant = variant
+        self.variant, self.init = variant, init
         self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
         device = self.device
-        self.placement = None if placement is None else placement.to(device)
+        self.placement = placement
         num_parts, num_rows = (len(placement.parts), placement.num_rows) if placement else (1, self.out_features)
         # Drawn on the CPU: a device's own generator would give another init on another device.
         a_RI, b_OR = torch.zeros(num_parts * r, self.in_features), torch.zeros(num_rows, r // self.num_groups)
         self._draw(a_RI, b_OR, generator)
+        self.placement = None if placement is None else placement.to(device)
         self.A, self.B = nn.Parameter(a_RI.to(device)), nn.Parameter(b_OR.to(device))
+        starts = (self.A.detach().clone(), self.B.detach().clone()) if INITS[init].is_residual else (None, None)
+        # No results of training: the base weight tells them, so they are in no state and no file.
+        self.register_buffer("A0", starts[0], persistent=False)
+        self.register_buffer("B0", starts[1], persistent=False)
+        for name in VARIANTS[variant].frozen:
+            self.get_parameter(name).requires_grad_(False)
         VARIANTS[variant].prepare(self)
         self._unmerged: Tensor | None = None
 
@@ -80,12 +92,43 @@ class LoraLayer(nn.Module):
         raise NotImplementedError
 
     def _draw(self, a_RI: Tensor, b_OR: Tensor, generator: torch.Generator | None) -> None:
-        """Initialise one of two zero matrices: A Kaiming-uniform, as nn.Linear is."""
-        nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
+        """Let two zero matrices start as `init` says, each part and group by itself."""
+        blocks = self._blocks()
+        for a_rI, (rows, outputs) in zip(a_RI.chunk(len(blocks)), blocks, strict=True):
+            b_Or = torch.zeros(len(rows), b_OR.shape[1])
+            weight = partial(self._weight_of, outputs)
+            INITS[self.init].start(Block(a_rI, b_Or, self.r, self.scaling, weight, generator))
+            b_OR[rows] = b_Or
+
+    def _blocks(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each part or group its rows of B and its outputs."""
+        if self.placement is None:
+            return [(rows, rows) for rows in torch.arange(self.out_features).chunk(self.num_groups)]
+        rows = [(self.placement.part == number).nonzero()[:, 0] for number in range(len(self.parts))]
+        return [(each, self.placement.rows[each]) for each in rows]
+
+    def _weight_of(self, outputs: Tensor) -> Tensor:
+        return self.matrix.detach()[outputs.to(self.matrix.device)].float()
 
     def _reduce(self, x: Tensor) -> Tensor:
         """(..., in) → A x (..., r), in the dtype in which the layer computes."""
-        return functional.linear(self.dropout(x), self.A.to(x.dtype))
+        return functional.linear(self.dropout(x), self._whole_a().to(x.dtype))
+
+    def _whole_a(self) -> Tensor:
+        """A of the update: of a residual init [A; A - A0] in each part and group (2r, in), else A."""
+        if self.A0 is None:
+            return self.A
+        blocks = len(self.parts) or self.num_groups
+        pairs = zip(self.A.chunk(blocks), (self.A - self.A0).chunk(blocks), strict=True)
+        return torch.cat([each for pair in pairs for each in pair])
+
+    def _whole_b(self) -> Tensor:
+        """B of the update: of a residual init [B - B0, B0] (out, 2r), else B."""
+        return self.B if self.B0 is None else torch.cat([self.B - self.B0, self.B0], dim=1)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) whose s B A is the update, with gradients: of rank 2r if `init` is residual, see `inits`."""
+        return self._whole_a(), self._whole_b()
 
     @classmethod
     def matrix_of(cls, base_layer: nn.Module) -> Tensor:
@@ -161,12 +204,13 @@ class LoraLayer(nn.Module):
 
     def _placed_b(self) -> Tensor:
         """B for all outputs: with parts, its blocks in their places (out, k·r)."""
-        return self.B if self.placement is None else self.placement.spread(self.B)
+        B = self._whole_b()
+        return B if self.placement is None else self.placement.spread(B)
 
     def delta_matrix(self) -> Tensor:
         """s·B·A as (out, in), fp32, with gradients."""
         with torch.autocast(self.A.device.type, enabled=False):
-            return self.scaling * (self._placed_b().float() @ self.A.float())
+            return self.scaling * (self._placed_b().float() @ self._whole_a().float())
 
     def delta_weight(self) -> Tensor:
         """s·B·A in the base's layout, fp32, with gradients."""

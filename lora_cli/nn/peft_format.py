@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_cli.errors import AdapterError, printable
 from lora_cli.nn.convolutions import Kernel, LoraConvolution, kernels_of
 from lora_cli.nn.fused import Placement, placement_of
+from lora_cli.nn.inits import INITS
 from lora_cli.nn.kinds import kind_of, shape_of
 from lora_cli.nn.layers import LoraConv1D, LoraEmbedding, LoraLayer
 from lora_cli.nn.peft_config import NO_TARGETS, PeftConfig
@@ -26,7 +27,16 @@ from lora_cli.nn.tokens import TokenRows, vocabulary_layers
 from lora_cli.nn.variants import VARIANTS
 from lora_cli.spec import LoraSpec
 
-__all__ = ["PREFIX", "StoredTensor", "build_config", "ignored_keys", "plan_from", "stored_scale", "stored_tensors"]
+__all__ = [
+    "PREFIX",
+    "StoredTensor",
+    "build_config",
+    "ignored_keys",
+    "plan_from",
+    "plan_of",
+    "stored_scale",
+    "stored_tensors",
+]
 
 PREFIX = "base_model.model."
 """Before every tensor's name."""
@@ -187,6 +197,13 @@ def build_config(model: nn.Module, plan: Plan, spec: LoraSpec, task_type: str | 
     }
     config |= {key: value for key, value in optional.items() if value}
     return config, Plan(plan.layers, whole, new_rows=plan.new_rows)
+
+
+def plan_of(layer: LoraLayer, scaling: str) -> LayerPlan:
+    """What `layer` is in a file: with a residual init, of twice the rank and the same scaling."""
+    if not INITS[layer.init].is_residual:
+        return LayerPlan("", layer.r, layer.alpha, layer.parts)
+    return LayerPlan("", 2 * layer.r, layer.alpha * (2 if scaling == "alpha/r" else math.sqrt(2)), layer.parts)
 
 
 def stored_scale(layer: LayerPlan, scaling: str) -> tuple[int, float]:

@@ -17,8 +17,9 @@ from torch import nn
 from lora_cli.errors import ConfigError, UnknownName
 from lora_cli.nn.convolutions import check_groups
 from lora_cli.nn.fused import placement_of
+from lora_cli.nn.inits import INITS, check_init
 from lora_cli.nn.kinds import KINDS, kind_of, shape_of
-from lora_cli.nn.layers import LoraLayer
+from lora_cli.nn.layers import LoraEmbedding, LoraLayer
 from lora_cli.nn.quantized import quantized_layers
 from lora_cli.nn.tokens import vocabulary_layers
 from lora_cli.nn.variants import VARIANTS
@@ -111,18 +112,28 @@ def check_plan(model: nn.Module, plan: Plan, spec: LoraSpec) -> None:
     """That `model` allows `plan`.
 
     Raises:
-        ConfigError: a rank that does not fit its layer, parts that the layer does not have, a weight tied to another
-            module, a module with state beside its parameters, a layer whose rows of new tokens train besides.
+        ConfigError: a rank that does not fit its layer, parts that it does not have, a variant or an init that is not
+            for it, a weight tied to another module, a module with state beside its parameters, a layer whose rows of
+            new tokens train besides.
     """
     _check_rows(model, plan, spec)
     for name, layer in plan.layers.items():
         rows, columns = shape_of(model, name)
         if layer.parts:
             rows = _check_parts(model, name, layer, spec)
+        if VARIANTS[spec.variant].frozen == ("A",) and kind_of(model.get_submodule(name)) is LoraEmbedding:
+            raise ConfigError("lora.variant", spec.variant, f"not for an embedding ({name}), whose A starts at zero")
         key = "lora.r" if layer.r == spec.r else "lora.rank_pattern"
         groups = check_groups(model.get_submodule(name), name, key, layer.r, spec.variant)
         if layer.r > (most := min(rows, groups * columns)):
             raise ConfigError(key, layer.r, f"at most {most} for {name}, which is {rows} × {columns}")
+        if INITS[spec.init].is_residual and 2 * layer.r > most:
+            raise ConfigError(
+                key, layer.r, f"at most {most // 2} for {name} with lora.init={spec.init}, saved as twice it"
+            )
+        if kind := kind_of(model.get_submodule(name)):
+            is_embedding, is_projection = kind is LoraEmbedding, kind.is_projection
+            check_init(spec.init, name, layer.r // groups, is_embedding=is_embedding, is_projection=is_projection)
     _check_ties(model, plan)
     for name in plan.whole:
         module = model.get_submodule(name)
@@ -248,10 +259,11 @@ def _check_parts(model: nn.Module, name: str, layer: LayerPlan, spec: LoraSpec) 
         raise ConfigError("lora.variant", spec.variant, f"not for parts of a fused projection ({name}); adapt it whole")
     # On disk the parts are one update of rank k·r, and must be allowed as such.
     num_parts = len(layer.parts)
-    if num_parts * layer.r > MAX_RANK:
-        raise ConfigError("lora.r", layer.r, f"at most {MAX_RANK // num_parts} for each of {num_parts} parts")
-    if num_parts * layer.alpha > MAX_SCALING:
-        raise ConfigError("lora.alpha", layer.alpha, f"at most {MAX_SCALING / num_parts:g} for {num_parts} parts")
+    num_updates = num_parts * (2 if INITS[spec.init].is_residual else 1)
+    if num_updates * layer.r > MAX_RANK:
+        raise ConfigError("lora.r", layer.r, f"at most {MAX_RANK // num_updates} for each of {num_parts} parts")
+    if num_updates * layer.alpha > MAX_SCALING:
+        raise ConfigError("lora.alpha", layer.alpha, f"at most {MAX_SCALING / num_updates:g} for {num_parts} parts")
     return int(placement.part.bincount().min())
 
 

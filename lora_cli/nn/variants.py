@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SCALINGS", "VARIANTS", "Adapted", "DoRA", "Lora", "Variant"]
+__all__ = ["SCALINGS", "VARIANTS", "Adapted", "DoRA", "Lora", "LoraFA", "Variant"]
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
     "alpha/r": lambda alpha, r: alpha / r,
@@ -53,6 +53,8 @@ class Variant(Protocol):
 
     parameters: tuple[str, ...]
     """Names of the parameters it adds to a layer, beside A and B."""
+    frozen: tuple[str, ...]
+    """Names among A and B that do not train."""
 
     def prepare(self, layer: Adapted) -> None:
         """Adds those parameters to `layer`, so that nothing changes while B = 0."""
@@ -71,6 +73,7 @@ class Lora:
     """W' = W + s B A (Hu et al. 2021, arXiv:2106.09685, eq. 3)."""
 
     parameters: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
 
     def prepare(self, layer: Adapted) -> None:
         """Nothing to add."""
@@ -84,6 +87,16 @@ class Lora:
         return layer.matrix.float() + layer.delta_matrix()
 
 
+class LoraFA(Lora):
+    """LoRA with A as it was drawn: only B trains (Zhang et al. 2023, arXiv:2308.03303, section 3.1).
+
+    The gradient of B needs A x, of rank r, so the input x is not kept for the backward pass, unless dropout is on (its
+    mask then) or the base keeps it: torch's convolutions do. Saved with its A, as any LoRA.
+    """
+
+    frozen: tuple[str, ...] = ("A",)
+
+
 class DoRA:
     r"""Learns a length per output row besides the low-rank direction.
 
@@ -95,6 +108,7 @@ class DoRA:
     """
 
     parameters: tuple[str, ...] = ("magnitude",)
+    frozen: tuple[str, ...] = ()
 
     def prepare(self, layer: Adapted) -> None:
         """Adds `magnitude`, the row lengths of W: at B = 0 the factor is 1."""
@@ -125,5 +139,5 @@ def _row_lengths(weight: Tensor) -> Tensor:
     return lengths.where(lengths > 0, 1.0)
 
 
-VARIANTS: dict[str, Variant] = {"lora": Lora(), "dora": DoRA()}
+VARIANTS: dict[str, Variant] = {"lora": Lora(), "dora": DoRA(), "lora_fa": LoraFA()}
 """Name in `lora.variant` → the variant."""

@@ -32,7 +32,8 @@ def model_card(config: Mapping[str, Any], facts: Mapping[str, Any], overrides: S
         for name, value in values.items()
     ]
     settings = {
-        "variant": f"{lora['variant']}, r {lora['r']}, alpha {lora['alpha']:g}, scaling {lora['scaling']}",
+        "variant": f"{lora['variant']}, r {lora['r']}, alpha {lora['alpha']:g}, scaling {lora['scaling']}, "
+        f"init {lora['init']}",
         "layers": ", ".join(row["pattern"] for row in facts["targets"]) or "none: only the head is trained",
         "trained parameters": f"{facts['parameters']['trainable']:,} of {facts['parameters']['total']:,}",
         "trained whole": "everything" if is_full else ", ".join(facts["trained_whole"]) or "nothing",

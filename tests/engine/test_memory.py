@@ -63,3 +63,17 @@ def test_a_frozen_factor_takes_no_gradient_but_is_saved() -> None:
     after = footprint(model)
     assert after.task_bytes == before.task_bytes
     assert after.gradient_bytes == before.gradient_bytes - 4 * 2 * 6
+
+
+def test_lora_fa_trains_b_only_and_is_saved_with_its_a() -> None:
+    plain, frozen = (sizes(LoraSpec(variant=variant, r=2, targets=["query"])) for variant in ("lora", "lora_fa"))
+    assert plain.trainable_parameters - frozen.trainable_parameters == 2 * 6
+    assert frozen.gradient_bytes == 4 * frozen.trainable_parameters
+    assert frozen.task_bytes == plain.task_bytes
+
+
+def test_pissa_keeps_and_saves_what_it_started_from() -> None:
+    plain, pissa = (sizes(LoraSpec(init=init, r=2, targets=["query"])) for init in ("kaiming", "pissa"))
+    factors = 4 * (2 * 6 + 10 * 2)
+    assert pissa.trainable_parameters == plain.trainable_parameters
+    assert (pissa.weight_bytes, pissa.task_bytes) == (plain.weight_bytes + factors, plain.task_bytes + factors)

@@ -447,6 +447,45 @@ def test_head_learns_at_the_common_rate_unless_told_otherwise(bert: nn.Module) -
     assert {group["lr"] for group in groups} == {1e-3}
 
 
+@pytest.mark.parametrize(
+    "spec", [{}, {"scaling": "alpha/sqrt(r)"}, {"variant": "dora"}], ids=["lora", "rslora", "dora"]
+)
+def test_only_b_learns_faster_in_lora_plus(bert: nn.Module, spec: dict[str, Any]) -> None:
+    injection = adapt(bert, b_lr_ratio=16.0, bias="all", **spec)
+    groups = parameter_groups(bert, injection, lr=1e-3, head_lr=1e-4, weight_decay=0.1)
+    rates = {name.rpartition(".")[2]: group["lr"] for group in groups for name in group["names"] if "query" in name}
+    expected = {"A": 1e-3, "B": 16e-3, "bias": 1e-3} | ({"magnitude": 1e-3} if spec.get("variant") == "dora" else {})
+    assert rates == pytest.approx(expected)
+    assert {group["lr"] for group in groups if group["names"][0].startswith("classifier")} == {1e-4}
+    assert sum(len(group["names"]) for group in groups) == len(trainable_state(bert))
+
+
+def test_no_factor_of_an_embedding_learns_faster() -> None:
+    model = tiny_lm("llama", tie_word_embeddings=False)
+    injection = inject(model, LoraSpec(targets=["embed_tokens", "q_proj"], r=2, b_lr_ratio=16.0), groups={})
+    groups = parameter_groups(model, injection, lr=1e-3, head_lr=None, weight_decay=0.0)
+    fast = {name for group in groups if group["lr"] > 1e-3 for name in group["names"]}
+    assert fast == {f"model.layers.{i}.self_attn.q_proj.B" for i in (0, 1)}
+
+
+def test_first_step_of_lora_plus_moves_b_so_many_times_as_far() -> None:
+    moved = {}
+    for ratio in (1.0, 16.0):
+        model = tiny("bert")
+        injection = adapt(model, b_lr_ratio=ratio)
+        before = trainable_state(trained(model))
+        optimizer = torch.optim.Adam(
+            parameter_groups(model, injection, lr=1e-3, head_lr=None, weight_decay=0.0), eps=1e-30
+        )
+        ids = torch.tensor([[2, 5, 9, 11, 30, 3]])
+        model(input_ids=ids).logits.square().sum().backward()
+        optimizer.step()
+        after = trainable_state(model)
+        moved[ratio] = {name: (after[name] - before[name]).abs().mean().item() for name in before}
+    for name, distance in moved[1.0].items():
+        assert moved[16.0][name] == pytest.approx(distance * (16 if name.endswith(".B") else 1), rel=1e-3)
+
+
 def test_adapter_follows_the_models_mode() -> None:
     model = tiny("bert").train()
     adapt(model, dropout=0.5)
