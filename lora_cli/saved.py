@@ -64,6 +64,8 @@ def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun) -> Saved:
         seed=int(facts.get("init_seed", 0)),
         dtype=device.dtype,
     )
+    # Before the adapter comes in, so that what its layers share is on the device once.
+    base.model.to(device.device)
     load_adapter(
         base.model,
         adapter,
@@ -71,7 +73,7 @@ def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun) -> Saved:
         fingerprint=base.fingerprint,
         force_base=spec.force_base,
     )
-    base.model.to(device.device).eval()
+    base.model.eval()
     saved_tokenizer = None if folder is None else folder.tokenizer
     tokenizer = load_tokenizer(saved_tokenizer) if saved_tokenizer and saved_tokenizer.is_dir() else base.tokenizer
     asked = spec.batch_size if isinstance(spec, EvalRun | InferRun) else None

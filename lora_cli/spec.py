@@ -63,7 +63,7 @@ __all__ = [
 ]
 
 SPLITS = ("train", "validation", "test")
-VARIANTS = ("lora", "dora", "full")
+VARIANTS = ("lora", "dora", "vera", "full")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)")
 BIASES = ("none", "all", "lora_only")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -376,8 +376,8 @@ class LoraSpec:
     """Which layers are adapted, and how (Hu et al. 2021, arXiv:2106.09685)."""
 
     variant: str = "lora"
-    """How the update meets the base weight: lora (W + s B A) or dora (arXiv:2402.09353); full: no adapter, every weight
-    of the base model trains."""
+    """How the update meets the base weight: lora (W + s B A), dora (arXiv:2402.09353) or vera (arXiv:2310.11454); full:
+    no adapter, every weight of the base model trains."""
     r: int = 8
     """Rank of the update."""
     alpha: float = 16.0
@@ -397,6 +397,8 @@ class LoraSpec:
     """Name, suffix or re:REGEX → a rank of its own."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Name, suffix or re:REGEX → an alpha of its own."""
+    projection_seed: int = 0
+    """Seed of vera's two random matrices. Adapters with the same one can share them."""
 
     def __post_init__(self) -> None:
         _one_of("lora.variant", self.variant, VARIANTS, "variant")
@@ -411,12 +413,26 @@ class LoraSpec:
         for key, alpha in alphas.items():
             if not 0 < alpha <= MAX_SCALING:
                 raise ConfigError(key, alpha, f"a number above 0, at most {MAX_SCALING:g}")
+        _seed("lora.projection_seed", self.projection_seed)
+        if self.projection_seed and self.variant != "vera":
+            raise ConfigError("lora.projection_seed", self.projection_seed, "for lora.variant=vera only")
+        if self.variant == "vera":
+            self._check_vera()
         if self.variant == "full":
             for name in ("targets", "modules_to_save", "rank_pattern", "alpha_pattern"):
                 if value := getattr(self, name):
                     raise ConfigError(f"lora.{name}", value, "empty where everything trains (lora.variant=full)")
             if self.bias != "none":
                 raise ConfigError("lora.bias", self.bias, "none where everything trains (lora.variant=full)")
+
+    def _check_vera(self) -> None:
+        """VeRA has one rank and no scaling."""
+        for name in ("alpha", "scaling"):
+            if (value := getattr(self, name)) != LoraSpec.__dataclass_fields__[name].default:
+                raise ConfigError(f"lora.{name}", value, "left as it is: lora.variant=vera has no scaling")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if value := getattr(self, name):
+                raise ConfigError(f"lora.{name}", value, "empty: all layers share one A and B (lora.variant=vera)")
 
 
 @dataclass(kw_only=True)

@@ -141,8 +141,9 @@ def train(
         progress.loss_sum += float(loss_sum)
         progress.loss_targets += targets
         if watch and not skipped and progress.step >= watch_until:
-            # A new token's row moves when a text has the token, which the first ones need not.
-            watch.verify(still=(".new_rows", ".A") if progress.step == 1 else (".new_rows",))
+            # A new token's row moves when a text has the token, which the first ones need not; what is multiplied by a
+            # B or a vector that starts at zero, one step later.
+            watch.verify(still=(".new_rows", ".A", ".lambda_d") if progress.step == 1 else (".new_rows",))
             watch = None
 
         last = progress.step == total

@@ -35,6 +35,7 @@ from lora_cli.nn.peft_format import (
     plan_from,
     stored_scale,
     stored_tensors,
+    without_projections,
 )
 from lora_cli.nn.targets import FULL, LayerPlan, Plan, check_plan, is_inside
 from lora_cli.nn.tokens import token_layers
@@ -207,7 +208,10 @@ def load_adapter(
         check_plan(model, plan, file.config.spec)
     except ConfigError as error:
         raise AdapterError(f"{where(file.folder / CONFIG_FILE)}: {printable(error, 180)}") from error
-    tensors = _read_tensors(file, stored_tensors(model, plan, file.config.spec), ignored_keys(model, plan))
+    expected = stored_tensors(model, plan, file.config.spec)
+    if not file.config.has_projections:
+        expected = without_projections(expected)
+    tensors = _read_tensors(file, expected, ignored_keys(model, plan))
     injection = inject_plan(model, plan, file.config.spec)
     with torch.no_grad():
         for name, tensor in tensors.items():

@@ -19,6 +19,7 @@ from lora_cli.nn.layers import LoraLayer, generator_for
 from lora_cli.nn.targets import FULL, LayerPlan, Plan, first_names, is_inside, plan_adapter
 from lora_cli.nn.tokens import TokenRows, token_layers, vocabulary_layers
 from lora_cli.nn.variants import VARIANTS
+from lora_cli.nn.vera import draw_pair, widest
 from lora_cli.spec import LoraSpec
 
 __all__ = [
@@ -106,7 +107,8 @@ def inject_plan(model: nn.Module, plan: Plan, spec: LoraSpec, *, seed: int = 0) 
     if adapted_layers(model) or token_layers(model):
         raise AdapterError("the model is adapted already; remove that adapter first")
     model.requires_grad_(spec.variant == FULL)
-    layers = {name: _adapt(model, name, layer, spec, seed) for name, layer in plan.layers.items()}
+    shared = _shared_pair(model, plan, spec)
+    layers = {name: _adapt(model, name, layer, spec, seed, shared) for name, layer in plan.layers.items()}
     for name, first in first_names(model).items():
         if first in layers:
             model.set_submodule(name, layers[first].train(model.training))
@@ -127,7 +129,22 @@ def _put_rows(model: nn.Module, new_rows: Mapping[str, Sequence[int]]) -> None:
             model.set_submodule(each, layer)
 
 
-def _adapt(model: nn.Module, name: str, layer: LayerPlan, spec: LoraSpec, seed: int) -> LoraLayer:
+def _shared_pair(model: nn.Module, plan: Plan, spec: LoraSpec) -> tuple[nn.Parameter, nn.Parameter] | None:
+    """The one A and B of all layers, for a variant that has it."""
+    if not plan.layers or not VARIANTS[spec.variant].is_shared:
+        return None
+    device = matrix_of(model, next(iter(plan.layers))).device
+    return draw_pair(spec.r, *widest(model, plan.layers), seed=spec.projection_seed, device=device)
+
+
+def _adapt(
+    model: nn.Module,
+    name: str,
+    layer: LayerPlan,
+    spec: LoraSpec,
+    seed: int,
+    shared: tuple[nn.Parameter, nn.Parameter] | None,
+) -> LoraLayer:
     base = model.get_submodule(name)
     kind = kind_of(base)
     assert kind is not None, "a plan holds what can be adapted"
@@ -140,6 +157,7 @@ def _adapt(model: nn.Module, name: str, layer: LayerPlan, spec: LoraSpec, seed: 
         variant=spec.variant,
         placement=placement_of(model, name, layer.parts, matrix_of(model, name).shape[0]) if layer.parts else None,
         generator=generator_for(seed, name),
+        shared=shared,
     )
 
 
@@ -290,5 +308,6 @@ def _everything_else(model: nn.Module, heads: Sequence[str]) -> TargetRow:
 
 
 def _num_adapter(layer: LoraLayer) -> int:
-    names = ("A", "B", *VARIANTS[layer.variant].parameters)
+    variant = VARIANTS[layer.variant]
+    names = {"A", "B", *variant.parameters} - {*variant.frozen}
     return sum(layer.get_parameter(name).numel() for name in names)

@@ -37,7 +37,8 @@ class LoraLayer(nn.Module):
     `weight` is the *effective* weight, with gradients to A and B, because some models bypass `forward`
     (DeBERTa v1's `in_proj.weight`, `nn.MultiheadAttention`'s `out_proj.weight`); dropout does not act there.
 
-    Shapes: A (r, in), B (out, r); with k parts, of P outputs together, A (k·r, in), B (P, r).
+    Shapes: A (r, in), B (out, r); with k parts, of P outputs together, A (k·r, in), B (P, r). A pair that layers share
+    is as large as the widest of them, and each uses its first columns and rows.
     """
 
     is_transposed: ClassVar[bool] = False
@@ -56,21 +57,21 @@ class LoraLayer(nn.Module):
         variant: str = "lora",
         placement: Placement | None = None,
         generator: torch.Generator | None = None,
+        shared: tuple[nn.Parameter, nn.Parameter] | None = None,
     ) -> None:
         super().__init__()
         assert placement is None or not VARIANTS[variant].parameters, "refused by name where the layer is chosen"
+        assert (shared is not None) == VARIANTS[variant].is_shared, "one pair is drawn for all layers, by `draw_pair`"
         self.base_layer = base_layer.requires_grad_(False)
         self.r, self.alpha = r, alpha
-        self.scaling = SCALINGS[scaling](alpha, r)
+        self.scaling = 1.0 if VARIANTS[variant].is_shared else SCALINGS[scaling](alpha, r)
         self.variant = variant
         self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
         device = self._base_weight.device
         self.placement = None if placement is None else placement.to(device)
-        num_parts, num_rows = (len(placement.parts), placement.num_rows) if placement else (1, self.out_features)
-        # Drawn on the CPU: a device's own generator would give another init on another device.
-        a_RI, b_OR = torch.zeros(num_parts * r, self.in_features), torch.zeros(num_rows, r // self.num_groups)
-        self._draw(a_RI, b_OR, generator)
-        self.A, self.B = nn.Parameter(a_RI.to(device)), nn.Parameter(b_OR.to(device))
+        self.A, self.B = shared or self._new_pair(generator)
+        for name in VARIANTS[variant].frozen:
+            self.get_parameter(name).requires_grad_(False)
         VARIANTS[variant].prepare(self)
         self._unmerged: Tensor | None = None
 
@@ -79,13 +80,21 @@ class LoraLayer(nn.Module):
         """Whether `module` is a base for this kind of layer."""
         raise NotImplementedError
 
+    def _new_pair(self, generator: torch.Generator | None) -> tuple[nn.Parameter, nn.Parameter]:
+        placed, device = self.placement, self._base_weight.device
+        num_parts, num_rows = (len(placed.parts), placed.num_rows) if placed else (1, self.out_features)
+        # Drawn on the CPU: a device's own generator would give another init on another device.
+        a_RI, b_OR = torch.zeros(num_parts * self.r, self.in_features), torch.zeros(num_rows, self.r // self.num_groups)
+        self._draw(a_RI, b_OR, generator)
+        return nn.Parameter(a_RI.to(device)), nn.Parameter(b_OR.to(device))
+
     def _draw(self, a_RI: Tensor, b_OR: Tensor, generator: torch.Generator | None) -> None:
         """Initialise one of two zero matrices: A Kaiming-uniform, as nn.Linear is."""
         nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
 
     def _reduce(self, x: Tensor) -> Tensor:
         """(..., in) → A x (..., r), in the dtype in which the layer computes."""
-        return functional.linear(self.dropout(x), self.A.to(x.dtype))
+        return functional.linear(self.dropout(x), self._own_a().to(x.dtype))
 
     @classmethod
     def matrix_of(cls, base_layer: nn.Module) -> Tensor:
@@ -148,17 +157,22 @@ class LoraLayer(nn.Module):
     def _in_layout(self, matrix: Tensor) -> Tensor:
         return matrix.T if self.is_transposed else matrix
 
+    def _own_a(self) -> Tensor:
+        """A for this layer's inputs: a view, smaller than A only where it is shared with wider layers."""
+        return self.A[:, : self.in_features]
+
     def _placed_b(self) -> Tensor:
         """B for all outputs: with parts, its blocks in their places (out, k·r)."""
-        return self.B if self.placement is None else self.placement.spread(self.B)
+        return self.B[: self.out_features] if self.placement is None else self.placement.spread(self.B)
 
     def delta_matrix(self) -> Tensor:
-        """s·B·A as (out, in), fp32, with gradients."""
+        """s·(B · core)·A as (out, in), fp32, with gradients."""
         with torch.autocast(self.A.device.type, enabled=False):
-            return self.scaling * (self._placed_b().float() @ self.A.float())
+            b_OR, core_R = self._placed_b().float(), VARIANTS[self.variant].core(self)
+            return self.scaling * ((b_OR if core_R is None else b_OR * core_R) @ self._own_a().float())
 
     def delta_weight(self) -> Tensor:
-        """s·B·A in the base's layout, fp32, with gradients."""
+        """`delta_matrix` in the base's layout."""
         return self._in_layout(self.delta_matrix())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,7 +183,8 @@ class LoraLayer(nn.Module):
     def _adapted(self, x: Tensor, base: Tensor) -> Tensor:
         """The layer's output from the base's."""
         # Scaled at rank r, where it costs least.
-        update = self._expand(self._reduce(x) * self.scaling)
+        ax_R, core_R = self._reduce(x) * self.scaling, VARIANTS[self.variant].core(self)
+        update = self._expand(ax_R if core_R is None else ax_R * core_R.to(ax_R.dtype))
         return VARIANTS[self.variant].combine(self, base, update)
 
     def _expand(self, ax_R: Tensor) -> Tensor:

@@ -23,12 +23,25 @@ from lora_cli.nn.peft_config import NO_TARGETS, PeftConfig
 from lora_cli.nn.targets import ALL_LINEAR, FULL, LayerPlan, Plan, first_names, is_inside, outermost
 from lora_cli.nn.tokens import TokenRows, vocabulary_layers
 from lora_cli.nn.variants import VARIANTS
+from lora_cli.nn.vera import widest
 from lora_cli.spec import LoraSpec
 
-__all__ = ["PREFIX", "StoredTensor", "build_config", "ignored_keys", "plan_from", "stored_scale", "stored_tensors"]
+__all__ = [
+    "PREFIX",
+    "StoredTensor",
+    "build_config",
+    "ignored_keys",
+    "plan_from",
+    "stored_scale",
+    "stored_tensors",
+    "without_projections",
+]
 
 PREFIX = "base_model.model."
 """Before every tensor's name."""
+
+_PROJECTION = "base_model.vera_"
+"""Before the names of the two matrices that all layers of a VeRA adapter share."""
 
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """Task type → modules that PEFT saves whole without being asked."""
@@ -77,13 +90,17 @@ def plan_from(model: nn.Module, config: PeftConfig, fresh: Sequence[str], source
     spec, names = config.spec, list(dict.fromkeys(first_names(model).values()))
     saved = (*spec.modules_to_save, *_HEADS.get(config.task_type or "", ()))
     layers: dict[str, LayerPlan] = {}
+    matched: list[str] = []
     for name in names:
         pattern = _first_match(name, spec.targets)
         kind = kind_of(model.get_submodule(name))
         if spec.targets == [ALL_LINEAR]:
             pattern = ALL_LINEAR if kind and kind.is_projection and not _is_output(model, name) else None
         is_saved = is_inside(name, fresh) or any(f".{entry}." in f".{name}." for entry in saved)
-        if pattern is None or is_saved or _first_match(name, config.exclude):
+        if pattern is None or _first_match(name, config.exclude):
+            continue
+        matched += [name] if kind and kind.is_projection else []
+        if is_saved:
             continue
         if kind is None:
             found = type(model.get_submodule(name)).__name__
@@ -93,6 +110,8 @@ def plan_from(model: nn.Module, config: PeftConfig, fresh: Sequence[str], source
         layers[name] = LayerPlan(pattern, r, alphas.get(_first_match(name, alphas) or "", spec.alpha))
     if spec.targets and not layers:
         raise AdapterError(f"{source}: target_modules {printable(spec.targets, 80)} match no layer of this model")
+    if not config.has_projections and widest(model, matched) != widest(model, layers):
+        raise AdapterError(f"{source}: save_projection=false: PEFT drew the matrices for wider layers; save them")
     whole = outermost([*fresh, *_saved_whole(names, saved, layers)])
     return Plan(layers, whole, new_rows=_new_rows(model, config, source))
 
@@ -116,6 +135,11 @@ def _new_rows(model: nn.Module, config: PeftConfig, source: str) -> dict[str, tu
     return found
 
 
+def without_projections(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
+    """What is in the file of a VeRA adapter whose random matrices are drawn again."""
+    return [stored for stored in tensors if not stored.keys[0].startswith(_PROJECTION)]
+
+
 def stored_tensors(model: nn.Module, plan: Plan, spec: LoraSpec) -> list[StoredTensor]:
     """Every tensor that belongs in the file, for a model before or after `plan` is carried out.
 
@@ -124,7 +148,7 @@ def stored_tensors(model: nn.Module, plan: Plan, spec: LoraSpec) -> list[StoredT
     if spec.variant == FULL:
         return [StoredTensor(name, (name,), tuple(p.shape)) for name, p in model.named_parameters()]
     return [
-        *_layer_tensors(model, plan, spec),
+        *(_vera_tensors if spec.variant == "vera" else _layer_tensors)(model, plan, spec),
         *_row_tensors(model, plan),
         *_whole_tensors(model, plan),
         *_bias_tensors(model, plan, spec),
@@ -159,7 +183,9 @@ def build_config(model: nn.Module, plan: Plan, spec: LoraSpec, task_type: str | 
     names = [name for name in dict.fromkeys(first_names(model).values()) if not _is_part_of_layer(name, plan)]
     saved = (*plan.whole, *_HEADS.get(task_type or "", ()))
     whole = outermost([*plan.whole, *_saved_whole(names, saved, plan.layers)])
-    targets, exclude = _shortest_names(plan.layers, names, whole)
+    is_vera = spec.variant == "vera"
+    # VeRA's matrices are as wide as the widest layer that matches, be it saved whole.
+    targets, exclude = _shortest_names(plan.layers, names, () if is_vera else whole)
     scales = {name: stored_scale(layer, spec.scaling) for name, layer in plan.layers.items()}
     ranks = {name: r for name, (r, _) in scales.items()}
     alphas = {name: _plain(alpha) for name, (_, alpha) in scales.items()}
@@ -168,14 +194,15 @@ def build_config(model: nn.Module, plan: Plan, spec: LoraSpec, task_type: str | 
         "bias": spec.bias,
         "fan_in_fan_out": any(isinstance(model.get_submodule(name), LoraConv1D) for name in plan.layers),
         "inference_mode": True,
-        "lora_alpha": alpha,
-        "lora_dropout": spec.dropout,
         "modules_to_save": sorted(whole) or None,
-        "peft_type": "LORA",
         "r": r,
         "target_modules": targets or NO_TARGETS,
         "task_type": task_type,
     }
+    own_plan = Plan(plan.layers, whole, new_rows=plan.new_rows)
+    if is_vera:
+        return config | _vera_config(spec, exclude), own_plan
+    config |= {"lora_alpha": alpha, "lora_dropout": spec.dropout, "peft_type": "LORA"}
     optional = {
         "alpha_pattern": _pattern(alphas, alpha),
         "exclude_modules": exclude,
@@ -185,7 +212,19 @@ def build_config(model: nn.Module, plan: Plan, spec: LoraSpec, task_type: str | 
         "use_rslora": spec.scaling == "alpha/sqrt(r)",
     }
     config |= {key: value for key, value in optional.items() if value}
-    return config, Plan(plan.layers, whole, new_rows=plan.new_rows)
+    return config, own_plan
+
+
+def _vera_config(spec: LoraSpec, exclude: Sequence[str]) -> dict[str, Any]:
+    if exclude:
+        raise AdapterError(f"{printable(exclude[0], 60)}: its name ends in an adapted layer's; PEFT's VeRA takes both")
+    return {
+        "bias": spec.bias.replace("lora_only", "vera_only"),
+        "peft_type": "VERA",
+        "projection_prng_key": spec.projection_seed,
+        "save_projection": True,
+        "vera_dropout": spec.dropout,
+    }
 
 
 def stored_scale(layer: LayerPlan, scaling: str) -> tuple[int, float]:
@@ -253,6 +292,19 @@ def _layer_tensors(model: nn.Module, plan: Plan, spec: LoraSpec) -> Iterator[Sto
             key = f"{PREFIX}{name}.lora_{parameter}_vector"
             names = (key, f"{key}.weight", f"{key}.default")
             yield _shaped(StoredTensor(f"{name}.{parameter}", names, (rows,)), kernels.get(parameter))
+
+
+def _vera_tensors(model: nn.Module, plan: Plan, spec: LoraSpec) -> Iterator[StoredTensor]:
+    """Of each layer its vectors; of the first one A and B, as all have the same."""
+    for name in plan.layers:
+        sizes = {"lambda_b": matrix_of(model, name).shape[0], "lambda_d": spec.r}
+        for parameter, size in sizes.items():
+            yield StoredTensor(f"{name}.{parameter}", (f"{PREFIX}{name}.vera_{parameter}",), (size,))
+    for name in list(plan.layers)[:1]:
+        rows, columns = widest(model, plan.layers)
+        for factor, shape in {"A": (spec.r, columns), "B": (rows, spec.r)}.items():
+            key = f"{_PROJECTION}{factor}"
+            yield StoredTensor(f"{name}.{factor}", (key, f"{key}.default"), shape)
 
 
 def _shaped(stored: StoredTensor, kernel: Kernel | None) -> StoredTensor:

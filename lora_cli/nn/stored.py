@@ -25,7 +25,7 @@ from lora_cli.nn.peft_config import NO_TARGETS, PeftConfig, parse_config
 from lora_cli.nn.peft_format import PREFIX
 from lora_cli.nn.targets import FULL, LayerPlan
 from lora_cli.nn.untrusted import read_json, read_tensor, where
-from lora_cli.nn.variants import SCALINGS
+from lora_cli.nn.variants import SCALINGS, VARIANTS
 
 __all__ = [
     "Factors",
@@ -139,6 +139,8 @@ def read_stored(folder: Path) -> StoredAdapter:
     file = read_adapter(folder)
     if file.config.spec.variant == FULL:
         raise AdapterError(f"{where(folder)}: a model that was trained whole has no update of low rank")
+    if VARIANTS[file.config.spec.variant].is_shared:
+        raise AdapterError(f"{where(folder)}: VeRA's layers share one A and B, which only PEFT's own format can hold")
     tensors = {
         key: read_tensor(file.weights, entry) for key, entry in file.tensors.items() if not _BASE_COPY.fullmatch(key)
     }

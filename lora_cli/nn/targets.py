@@ -17,7 +17,7 @@ from torch import nn
 from lora_cli.errors import ConfigError, UnknownName
 from lora_cli.nn.convolutions import check_groups
 from lora_cli.nn.fused import placement_of
-from lora_cli.nn.kinds import KINDS, kind_of, matrix_of
+from lora_cli.nn.kinds import KINDS, is_projection, kind_of, matrix_of
 from lora_cli.nn.layers import LoraLayer
 from lora_cli.nn.tokens import vocabulary_layers
 from lora_cli.nn.variants import VARIANTS
@@ -114,13 +114,19 @@ def check_plan(model: nn.Module, plan: Plan, spec: LoraSpec) -> None:
             module, a module with state beside its parameters, a layer whose rows of new tokens train besides.
     """
     _check_rows(model, plan, spec)
+    if plan.new_rows and VARIANTS[spec.variant].is_shared:
+        raise ConfigError("model.add_tokens", "", f"not with lora.variant={spec.variant}: PEFT has no place for them")
     for name, layer in plan.layers.items():
         rows, columns = matrix_of(model, name).shape
         if layer.parts:
             rows = _check_parts(model, name, layer, spec)
         key = "lora.r" if layer.r == spec.r else "lora.rank_pattern"
         groups = check_groups(model.get_submodule(name), name, key, layer.r, spec.variant)
-        if layer.r > (most := min(rows, groups * columns)):
+        is_shared = VARIANTS[spec.variant].is_shared
+        if is_shared and not is_projection(model, name):
+            raise ConfigError("lora.variant", spec.variant, f"only for linear layers; {name} is {_class(model, name)}")
+        # What is random and frozen gains from a rank above a layer's size.
+        if not is_shared and layer.r > (most := min(rows, groups * columns)):
             raise ConfigError(key, layer.r, f"at most {most} for {name}, which is {rows} × {columns}")
     _check_ties(model, plan)
     for name in plan.whole:

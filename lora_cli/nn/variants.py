@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SCALINGS", "VARIANTS", "Adapted", "DoRA", "Lora", "Variant"]
+__all__ = ["SCALINGS", "VARIANTS", "Adapted", "DoRA", "Lora", "Variant", "VeRA"]
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
     "alpha/r": lambda alpha, r: alpha / r,
@@ -35,8 +35,13 @@ class Adapted(Protocol):
         """The base weight as (out, in), whatever its layout."""
         ...
 
+    @property
+    def r(self) -> int:
+        """Rank of the update."""
+        ...
+
     def delta_matrix(self) -> Tensor:
-        """s·B·A as (out, in), fp32."""
+        """s·(B · core)·A as (out, in), fp32."""
         ...
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -53,9 +58,17 @@ class Variant(Protocol):
 
     parameters: tuple[str, ...]
     """Names of the parameters it adds to a layer, beside A and B."""
+    frozen: tuple[str, ...]
+    """Names among A and B that do not train."""
+    is_shared: bool
+    """Whether all layers, which are linear ones then, share one random A and B without a scaling."""
 
     def prepare(self, layer: Adapted) -> None:
-        """Adds those parameters to `layer`, so that nothing changes while B = 0."""
+        """Adds those parameters to `layer`, so that a fresh layer computes what its base does."""
+        ...
+
+    def core(self, layer: Adapted) -> Tensor | None:
+        """Factors (r,) between A and B: the update is s·B (core ∘ (A x)); None: ones."""
         ...
 
     def combine(self, layer: Adapted, base: Tensor, update: Tensor) -> Tensor:
@@ -71,9 +84,15 @@ class Lora:
     """W' = W + s B A (Hu et al. 2021, arXiv:2106.09685, eq. 3)."""
 
     parameters: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    is_shared: bool = False
 
     def prepare(self, layer: Adapted) -> None:
         """Nothing to add."""
+
+    def core(self, layer: Adapted) -> Tensor | None:
+        """Ones."""
+        return None
 
     def combine(self, layer: Adapted, base: Tensor, update: Tensor) -> Tensor:
         """base + update."""
@@ -95,11 +114,17 @@ class DoRA:
     """
 
     parameters: tuple[str, ...] = ("magnitude",)
+    frozen: tuple[str, ...] = ()
+    is_shared: bool = False
 
     def prepare(self, layer: Adapted) -> None:
         """Adds `magnitude`, the row lengths of W: at B = 0 the factor is 1."""
         lengths = _row_lengths(layer.matrix.detach().float())
         layer.register_parameter("magnitude", nn.Parameter(lengths))
+
+    def core(self, layer: Adapted) -> Tensor | None:
+        """Ones."""
+        return None
 
     def combine(self, layer: Adapted, base: Tensor, update: Tensor) -> Tensor:
         """Rows of base + update scaled to their learnt lengths, except the bias."""
@@ -125,5 +150,37 @@ def _row_lengths(weight: Tensor) -> Tensor:
     return lengths.where(lengths > 0, 1.0)
 
 
-VARIANTS: dict[str, Variant] = {"lora": Lora(), "dora": DoRA()}
+class VeRA:
+    r"""Trains two vectors a layer; A and B are random, frozen, and the same in all layers.
+
+    Computes W' = W + Λb B Λd A (Kopiczko et al. 2023, arXiv:2310.11454, eq. 2). There is no scaling, as the vectors
+    learn it. Layers of different sizes use the first columns of A and rows of B, as many as they need.
+
+    Shapes: A (r, widest in), B (widest out, r), `lambda_d` (r,), `lambda_b` (out,).
+    """
+
+    parameters: tuple[str, ...] = ("lambda_d", "lambda_b")
+    frozen: tuple[str, ...] = ("A", "B")
+    is_shared: bool = True
+
+    def prepare(self, layer: Adapted) -> None:
+        """Adds `lambda_d` of 0.1, the paper's start (section 3.2), and `lambda_b` of 0: nothing changes."""
+        matrix = layer.matrix
+        layer.register_parameter("lambda_d", nn.Parameter(torch.full((layer.r,), 0.1, device=matrix.device)))
+        layer.register_parameter("lambda_b", nn.Parameter(torch.zeros(len(matrix), device=matrix.device)))
+
+    def core(self, layer: Adapted) -> Tensor | None:
+        """Λd."""
+        return layer.get_parameter("lambda_d")
+
+    def combine(self, layer: Adapted, base: Tensor, update: Tensor) -> Tensor:
+        """base + Λb update."""
+        return base + layer.get_parameter("lambda_b").to(update.dtype) * update
+
+    def merged_weight(self, layer: Adapted) -> Tensor:
+        """W + Λb B Λd A."""
+        return layer.matrix.float() + layer.get_parameter("lambda_b")[:, None] * layer.delta_matrix()
+
+
+VARIANTS: dict[str, Variant] = {"lora": Lora(), "dora": DoRA(), "vera": VeRA()}
 """Name in `lora.variant` → the variant."""
