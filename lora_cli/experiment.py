@@ -91,7 +91,7 @@ class Experiment:
         # B = 0 adds exactly 0. DoRA divides by a norm and multiplies by it, the identity only up to rounding; so is a
         # product of fewer rows.
         rounding = 1e-4 if device.precision == "fp32" else 2e-2
-        tolerance = 0.0 if spec.lora.variant in ("lora", "vera") and not base.new_rows else rounding
+        tolerance = 0.0 if spec.lora.variant in ("lora", "vera", "dylora") and not base.new_rows else rounding
         after = _logits(task, base, data["train"], device)
         check_same_logits("a fresh adapter must not change the base model", before, after, tolerance=tolerance)
         return cls(

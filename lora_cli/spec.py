@@ -54,6 +54,7 @@ __all__ = [
     "LoraSpec",
     "MergeRun",
     "ModelSpec",
+    "RankSpec",
     "TaskSpec",
     "TextSpec",
     "TrackerSpec",
@@ -63,7 +64,7 @@ __all__ = [
 ]
 
 SPLITS = ("train", "validation", "test")
-VARIANTS = ("lora", "dora", "vera", "full")
+VARIANTS = ("lora", "dora", "vera", "dylora", "full")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)")
 BIASES = ("none", "all", "lora_only")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -376,8 +377,8 @@ class LoraSpec:
     """Which layers are adapted, and how (Hu et al. 2021, arXiv:2106.09685)."""
 
     variant: str = "lora"
-    """How the update meets the base weight: lora (W + s B A), dora (arXiv:2402.09353) or vera (arXiv:2310.11454); full:
-    no adapter, every weight of the base model trains."""
+    """How the update meets the base weight: lora (W + s B A), dora (arXiv:2402.09353), dylora (arXiv:2210.07558), vera
+    (arXiv:2310.11454); full: no adapter, every weight of the base model trains."""
     r: int = 8
     """Rank of the update."""
     alpha: float = 16.0
@@ -418,6 +419,8 @@ class LoraSpec:
             raise ConfigError("lora.projection_seed", self.projection_seed, "for lora.variant=vera only")
         if self.variant == "vera":
             self._check_vera()
+        if self.variant == "dylora" and self.rank_pattern:
+            raise ConfigError("lora.rank_pattern", self.rank_pattern, "empty: dylora draws one rank for all layers")
         if self.variant == "full":
             for name in ("targets", "modules_to_save", "rank_pattern", "alpha_pattern"):
                 if value := getattr(self, name):
@@ -579,6 +582,17 @@ class TrainRun:
 
 
 @dataclass(kw_only=True)
+class RankSpec:
+    """Which of the ranks of a DyLoRA adapter is used."""
+
+    r: int | None = None
+    """Rank up to the trained one, of a run with lora=dylora; None: all of it."""
+
+    def __post_init__(self) -> None:
+        _at_least("lora.r", self.r, 1, optional=True)
+
+
+@dataclass(kw_only=True)
 class EvalRun:
     """lora eval: score a saved run."""
 
@@ -588,6 +602,8 @@ class EvalRun:
     """What is scored; the run's own unless given."""
     model: ModelSpec = field(default_factory=ModelSpec)
     """The base model; the run's own unless given."""
+    lora: RankSpec = field(default_factory=RankSpec)
+    """Which rank is used."""
     device: DeviceSpec = field(default_factory=DeviceSpec)
     """The machine."""
     batch_size: int | None = None
@@ -683,6 +699,8 @@ class MergeRun:
     """The task; the run's own unless given."""
     model: ModelSpec = field(default_factory=ModelSpec)
     """The base model; the run's own unless given."""
+    lora: RankSpec = field(default_factory=RankSpec)
+    """Which rank is used."""
     device: DeviceSpec = field(default_factory=DeviceSpec)
     """The machine."""
     force_base: bool = False
@@ -721,6 +739,8 @@ class ExportRun:
     """Run folder, unique prefix of its name, latest, or an adapter folder in PEFT format."""
     target: str = "???"
     """Program that is to load it: peft, vllm, sglang, tgi, lorax, llamacpp or loralib."""
+    lora: RankSpec = field(default_factory=RankSpec)
+    """Which rank is used."""
     output: str = "???"
     """Folder to write; it must not exist yet."""
 

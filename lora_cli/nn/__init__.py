@@ -12,6 +12,7 @@ from lora_cli.nn.inject import (
     parameter_groups,
     remove,
     trainable_state,
+    truncate,
     unmerge,
 )
 from lora_cli.nn.layers import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear
@@ -40,5 +41,6 @@ __all__ = [
     "remove",
     "save_adapter",
     "trainable_state",
+    "truncate",
     "unmerge",
 ]

@@ -59,6 +59,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _MODEL = "model.safetensors"
 FACTS_FILE = "lora.json"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+_DYLORA = "dylora"
 _FORMAT = 1
 _SAMPLES = 64
 _PARTS_NOTE = (
@@ -141,6 +142,9 @@ def save_adapter(
         for stored in stored_tensors(model, plan, spec)
     }
     facts |= _parts_facts(layers)
+    if spec.variant == _DYLORA:
+        # To others it is LoRA; here it can be used at every smaller rank too.
+        facts["variant"] = _DYLORA
     if unlike := unlike_peft(model, layers):
         facts["unlike_peft"] = unlike
     documents = {CONFIG_FILE: dict(sorted(config.items())), FACTS_FILE: facts}
@@ -166,6 +170,8 @@ def read_adapter(folder: Path) -> AdapterFile:
         config = parse_config(read_json(folder / CONFIG_FILE), where(folder / CONFIG_FILE))
     else:
         raise AdapterError(f"{where(folder)}: no adapter here ({CONFIG_FILE} is missing)")
+    if facts.get("variant") is not None:
+        config = _as_dylora(config, facts["variant"], folder / FACTS_FILE)
     weights = _weights_of(config.spec)
     if not os.path.lexists(folder / weights):
         pickles = [name for name in _PICKLES if os.path.lexists(folder / name)]
@@ -254,6 +260,13 @@ def _full_config(value: Any, path: Path) -> PeftConfig:
         raise AdapterError(f"{where(path)}: {FULL} must be an object of texts")
     task_type, base_name, revision = (value.get(key) for key in keys)
     return PeftConfig(LoraSpec(variant=FULL, targets=[]), (), task_type, base_name, revision)
+
+
+def _as_dylora(config: PeftConfig, variant: Any, path: Path) -> PeftConfig:
+    """What PEFT takes for LoRA as what it was trained as."""
+    if variant != _DYLORA or config.spec.variant != "lora" or config.spec.rank_pattern:
+        raise AdapterError(f"{where(path)}: variant={printable(variant, 40)} does not fit {CONFIG_FILE}")
+    return replace(config, spec=replace(config.spec, variant=_DYLORA))
 
 
 def _check_unlike(file: AdapterFile, layers: Mapping[str, str]) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_cli.errors import AdapterError
+from lora_cli.errors import AdapterError, ConfigError
+from lora_cli.nn.dylora import DrawnRank
 from lora_cli.nn.fused import placement_of
 from lora_cli.nn.kinds import kind_of, matrix_of
 from lora_cli.nn.layers import LoraLayer, generator_for
@@ -26,6 +27,7 @@ __all__ = [
     "Injection",
     "TargetRow",
     "adapted_layers",
+    "check_truncation",
     "inject",
     "inject_plan",
     "load_trainable_state",
@@ -33,6 +35,7 @@ __all__ = [
     "parameter_groups",
     "remove",
     "trainable_state",
+    "truncate",
     "unmerge",
 ]
 
@@ -109,6 +112,10 @@ def inject_plan(model: nn.Module, plan: Plan, spec: LoraSpec, *, seed: int = 0) 
     model.requires_grad_(spec.variant == FULL)
     shared = _shared_pair(model, plan, spec)
     layers = {name: _adapt(model, name, layer, spec, seed, shared) for name, layer in plan.layers.items()}
+    if spec.variant == "dylora":
+        drawn = DrawnRank(model, spec.r)
+        for layer in layers.values():
+            layer.drawn_rank = drawn
     for name, first in first_names(model).items():
         if first in layers:
             model.set_submodule(name, layers[first].train(model.training))
@@ -199,12 +206,39 @@ def unmerge(model: nn.Module) -> None:
 def remove(model: nn.Module) -> None:
     """Put plain modules back in place of the adapted ones. A merged update stays in them; any other is lost."""
     layers = adapted_layers(model)
+    for layer in layers.values():
+        if layer.drawn_rank:
+            layer.drawn_rank.stop()
     for name, first in first_names(model).items():
         if first in layers:
             model.set_submodule(name, layers[first].base_layer)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, TokenRows):
             model.set_submodule(name, module.base_layer)
+
+
+def truncate(model: nn.Module, injection: Injection, r: int) -> None:
+    """Leave the first `r` ranks of a DyLoRA adapter, in place: what was trained at rank `r`.
+
+    Raises:
+        ConfigError: it was trained otherwise, so its first ranks mean nothing, or at fewer ranks.
+    """
+    check_truncation(injection.spec, r)
+    for layer in adapted_layers(model).values():
+        layer.truncate(r)
+
+
+def check_truncation(spec: LoraSpec, r: int) -> None:
+    """That an adapter of this kind has a rank `r` inside.
+
+    Raises:
+        ConfigError: see `truncate`.
+    """
+    if spec.variant != "dylora":
+        hint = "lora inspect shows what a smaller rank would keep, lora combine makes it"
+        raise ConfigError("lora.r", r, f"only for an adapter trained with lora=dylora; {hint}")
+    if r > spec.r:
+        raise ConfigError("lora.r", r, f"at most {spec.r}, the rank that was trained")
 
 
 def _mergeable(model: nn.Module) -> dict[str, LoraLayer | TokenRows]:

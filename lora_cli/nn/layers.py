@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_cli.errors import AdapterError
+from lora_cli.nn.dylora import DrawnRank
 from lora_cli.nn.fused import Placement
 from lora_cli.nn.variants import SCALINGS, VARIANTS
 
@@ -60,12 +61,13 @@ class LoraLayer(nn.Module):
         shared: tuple[nn.Parameter, nn.Parameter] | None = None,
     ) -> None:
         super().__init__()
-        assert placement is None or not VARIANTS[variant].parameters, "refused by name where the layer is chosen"
+        assert placement is None or not VARIANTS[variant].is_dense, "refused by name where the layer is chosen"
         assert (shared is not None) == VARIANTS[variant].is_shared, "one pair is drawn for all layers, by `draw_pair`"
         self.base_layer = base_layer.requires_grad_(False)
         self.r, self.alpha = r, alpha
-        self.scaling = 1.0 if VARIANTS[variant].is_shared else SCALINGS[scaling](alpha, r)
-        self.variant = variant
+        self.variant, self._scaling_rule = variant, scaling
+        self.scaling = self.scaling_at(r)
+        self.drawn_rank: DrawnRank | None = None
         self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
         device = self._base_weight.device
         self.placement = None if placement is None else placement.to(device)
@@ -132,6 +134,15 @@ class LoraLayer(nn.Module):
         return self.matrix.shape[0]
 
     @property
+    def training_rank(self) -> int | None:
+        """The rank that this step trains; None: all of it, and always outside of training."""
+        return self.drawn_rank.current if self.drawn_rank and self.training else None
+
+    def scaling_at(self, r: int) -> float:
+        """s of an update of rank r."""
+        return 1.0 if VARIANTS[self.variant].is_shared else SCALINGS[self._scaling_rule](self.alpha, r)
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The adapted parts of a fused projection; empty: the whole layer."""
         return self.placement.parts if self.placement else ()
@@ -192,6 +203,13 @@ class LoraLayer(nn.Module):
         return functional.linear(ax_R, self._placed_b().to(ax_R.dtype))
 
     @torch.no_grad()
+    def truncate(self, r: int) -> None:
+        """Keep the first `r` rows of A and columns of B only, with the scaling of that rank."""
+        assert not self.parts, "parts have ranks of their own"
+        self.A, self.B = nn.Parameter(self.A[:r].clone()), nn.Parameter(self.B[:, :r].clone())
+        self.r, self.scaling = r, self.scaling_at(r)
+
+    @torch.no_grad()
     def merge(self) -> float:
         """Write the update into the base weight: computed in fp32, rounded once. Returns the largest change.
 
@@ -202,6 +220,8 @@ class LoraLayer(nn.Module):
         """
         if self.is_merged:
             raise AdapterError("the adapter is merged already; merging again would add it twice")
+        if self.drawn_rank:
+            self.drawn_rank.current = None  # What a last step trained is not all there is to merge.
         base = self._base_weight
         merged = self.weight
         if not merged.isfinite().all():

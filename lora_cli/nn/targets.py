@@ -247,7 +247,7 @@ def _has_experts(model: nn.Module, name: str) -> bool:
 def _check_parts(model: nn.Module, name: str, layer: LayerPlan, spec: LoraSpec) -> int:
     """The number of outputs of the smallest part."""
     placement = placement_of(model, name, layer.parts, matrix_of(model, name).shape[0])
-    if VARIANTS[spec.variant].parameters:
+    if VARIANTS[spec.variant].is_dense:
         raise ConfigError("lora.variant", spec.variant, f"not for parts of a fused projection ({name}); adapt it whole")
     # On disk the parts are one update of rank k·r, and must be allowed as such.
     num_parts = len(layer.parts)

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SCALINGS", "VARIANTS", "Adapted", "DoRA", "Lora", "Variant", "VeRA"]
+__all__ = ["SCALINGS", "VARIANTS", "Adapted", "DoRA", "DyLoRA", "Lora", "Variant", "VeRA"]
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
     "alpha/r": lambda alpha, r: alpha / r,
@@ -40,6 +40,15 @@ class Adapted(Protocol):
         """Rank of the update."""
         ...
 
+    @property
+    def training_rank(self) -> int | None:
+        """The rank that this step trains; None: all of it, and always outside of training."""
+        ...
+
+    def scaling_at(self, r: int) -> float:
+        """s of an update of rank r."""
+        ...
+
     def delta_matrix(self) -> Tensor:
         """s·(B · core)·A as (out, in), fp32."""
         ...
@@ -62,6 +71,8 @@ class Variant(Protocol):
     """Names among A and B that do not train."""
     is_shared: bool
     """Whether all layers, which are linear ones then, share one random A and B without a scaling."""
+    is_dense: bool
+    """Whether it is for layers adapted whole only, not in parts or in a convolution's groups."""
 
     def prepare(self, layer: Adapted) -> None:
         """Adds those parameters to `layer`, so that a fresh layer computes what its base does."""
@@ -86,6 +97,7 @@ class Lora:
     parameters: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
     is_shared: bool = False
+    is_dense: bool = False
 
     def prepare(self, layer: Adapted) -> None:
         """Nothing to add."""
@@ -103,6 +115,25 @@ class Lora:
         return layer.matrix.float() + layer.delta_matrix()
 
 
+class DyLoRA(Lora):
+    r"""Trains the first b rows of A and columns of B, b drawn anew at each step: an adapter of any rank up to r in one.
+
+    In training W' = W + s(b) B[:, :b] A[:b] (Valipour et al. 2022, arXiv:2210.07558, algorithm 1), all b of them with a
+    gradient: the paper's version that is not frozen, which scores higher. The scaling is that of rank b, alpha/b, as in
+    the authors' code. Otherwise all of A and B count; `truncate` leaves the first b.
+    """
+
+    is_dense: bool = True
+
+    def core(self, layer: Adapted) -> Tensor | None:
+        """In training b ones, then zeros, times s(b)/s(r)."""
+        b = layer.training_rank
+        if b is None:
+            return None
+        rank = torch.arange(layer.r, device=layer.matrix.device)
+        return (rank < b) * (layer.scaling_at(b) / layer.scaling_at(layer.r))
+
+
 class DoRA:
     r"""Learns a length per output row besides the low-rank direction.
 
@@ -116,6 +147,7 @@ class DoRA:
     parameters: tuple[str, ...] = ("magnitude",)
     frozen: tuple[str, ...] = ()
     is_shared: bool = False
+    is_dense: bool = True
 
     def prepare(self, layer: Adapted) -> None:
         """Adds `magnitude`, the row lengths of W: at B = 0 the factor is 1."""
@@ -162,6 +194,7 @@ class VeRA:
     parameters: tuple[str, ...] = ("lambda_d", "lambda_b")
     frozen: tuple[str, ...] = ("A", "B")
     is_shared: bool = True
+    is_dense: bool = True
 
     def prepare(self, layer: Adapted) -> None:
         """Adds `lambda_d` of 0.1, the paper's start (section 3.2), and `lambda_b` of 0: nothing changes."""
@@ -182,5 +215,5 @@ class VeRA:
         return layer.matrix.float() + layer.get_parameter("lambda_b")[:, None] * layer.delta_matrix()
 
 
-VARIANTS: dict[str, Variant] = {"lora": Lora(), "dora": DoRA(), "vera": VeRA()}
+VARIANTS: dict[str, Variant] = {"lora": Lora(), "dora": DoRA(), "vera": VeRA(), "dylora": DyLoRA()}
 """Name in `lora.variant` → the variant."""
