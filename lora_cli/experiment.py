@@ -25,7 +25,9 @@ from lora_cli.engine.train import Objective, Outcome, Recorder, train
 from lora_cli.errors import ConfigError
 from lora_cli.models import BaseModel, load_base, save_config
 from lora_cli.nn import (
+    Allocator,
     Injection,
+    adapted_layers,
     inject,
     load_adapter,
     load_trainable_state,
@@ -88,10 +90,10 @@ class Experiment:
             new_rows=base.new_rows,
             seed=spec.seed_for("init"),
         )
-        # B = 0 adds exactly 0. DoRA divides by a norm and multiplies by it, the identity only up to rounding; so is a
-        # product of fewer rows.
+        # What starts at 0 adds exactly 0. DoRA divides by a norm and multiplies by it, the identity only up to
+        # rounding; so is a product of fewer rows.
         rounding = 1e-4 if device.precision == "fp32" else 2e-2
-        tolerance = 0.0 if spec.lora.variant in ("lora", "vera", "dylora") and not base.new_rows else rounding
+        tolerance = rounding if spec.lora.variant == "dora" or base.new_rows else 0.0
         after = _logits(task, base, data["train"], device)
         check_same_logits("a fresh adapter must not change the base model", before, after, tolerance=tolerance)
         return cls(
@@ -128,7 +130,7 @@ class Experiment:
         Raises:
             TrainingFailure: see `engine.train`.
         """
-        model, spec = self.base.model, self.spec.train
+        model, spec, lora = self.base.model, self.spec.train, self.spec.lora
         metric = spec.metric or self.task.primary_metric
         if resume is not None:
             load_trainable_state(model, resume.trained)
@@ -149,6 +151,7 @@ class Experiment:
             data_seed=self.spec.seed_for("data"),
             dropout_seed=self.spec.seed_for("dropout"),
             resume=resume,
+            method=Allocator(adapted_layers(model).values(), lora.adalora) if lora.variant == "adalora" else None,
         )
         if spec.restore_best and outcome.best is not None:
             load_trainable_state(model, outcome.best)

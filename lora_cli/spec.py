@@ -33,6 +33,7 @@ __all__ = [
     "TRACKERS",
     "VARIANTS",
     "VERBS",
+    "AdaLoraSpec",
     "ChatRun",
     "ChatSpec",
     "ClassificationSpec",
@@ -64,7 +65,7 @@ __all__ = [
 ]
 
 SPLITS = ("train", "validation", "test")
-VARIANTS = ("lora", "dora", "vera", "dylora", "full")
+VARIANTS = ("lora", "dora", "vera", "dylora", "adalora", "full")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)")
 BIASES = ("none", "all", "lora_only")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -373,12 +374,42 @@ class ModelSpec:
 
 
 @dataclass(kw_only=True)
+class AdaLoraSpec:
+    """How AdaLoRA takes ranks away while it trains (Zhang et al. 2023, arXiv:2303.10512)."""
+
+    target_r: int = 8
+    """Ranks a layer has in the end, on average; `lora.r` is what each begins with."""
+    start: float = 0.1
+    """Share of all steps before the first rank goes."""
+    end: float = 0.3
+    """Share of all steps after the last one went."""
+    interval: int = 1
+    """Steps between two decisions."""
+    beta1: float = 0.85
+    """Smoothing of a parameter's sensitivity."""
+    beta2: float = 0.85
+    """Smoothing of its uncertainty."""
+    orthogonality: float = 0.1
+    """Weight of the penalty that keeps A and B orthogonal."""
+
+    def __post_init__(self) -> None:
+        for name in ("target_r", "interval"):
+            _at_least(f"lora.adalora.{name}", getattr(self, name), 1)
+        for name in ("start", "end", "beta1", "beta2"):
+            _share(f"lora.adalora.{name}", getattr(self, name))
+        if not 0 <= self.orthogonality < math.inf:
+            raise ConfigError("lora.adalora.orthogonality", self.orthogonality, "a number from 0 up")
+        if self.start + self.end >= 1:
+            raise ConfigError("lora.adalora.end", self.end, f"below {1 - self.start:g}, what start leaves")
+
+
+@dataclass(kw_only=True)
 class LoraSpec:
     """Which layers are adapted, and how (Hu et al. 2021, arXiv:2106.09685)."""
 
     variant: str = "lora"
     """How the update meets the base weight: lora (W + s B A), dora (arXiv:2402.09353), dylora (arXiv:2210.07558), vera
-    (arXiv:2310.11454); full: no adapter, every weight of the base model trains."""
+    (arXiv:2310.11454), adalora (arXiv:2303.10512); full: no adapter, every weight of the base model trains."""
     r: int = 8
     """Rank of the update."""
     alpha: float = 16.0
@@ -400,6 +431,8 @@ class LoraSpec:
     """Name, suffix or re:REGEX → an alpha of its own."""
     projection_seed: int = 0
     """Seed of vera's two random matrices. Adapters with the same one can share them."""
+    adalora: AdaLoraSpec = field(default_factory=AdaLoraSpec)
+    """How adalora spends its ranks."""
 
     def __post_init__(self) -> None:
         _one_of("lora.variant", self.variant, VARIANTS, "variant")
@@ -419,6 +452,10 @@ class LoraSpec:
             raise ConfigError("lora.projection_seed", self.projection_seed, "for lora.variant=vera only")
         if self.variant == "vera":
             self._check_vera()
+        if self.variant == "adalora":
+            self._check_adalora()
+        elif self.adalora != AdaLoraSpec():
+            raise ConfigError("lora.adalora", "", "for lora.variant=adalora only")
         if self.variant == "dylora" and self.rank_pattern:
             raise ConfigError("lora.rank_pattern", self.rank_pattern, "empty: dylora draws one rank for all layers")
         if self.variant == "full":
@@ -427,6 +464,15 @@ class LoraSpec:
                     raise ConfigError(f"lora.{name}", value, "empty where everything trains (lora.variant=full)")
             if self.bias != "none":
                 raise ConfigError("lora.bias", self.bias, "none where everything trains (lora.variant=full)")
+
+    def _check_adalora(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            if value := getattr(self, name):
+                raise ConfigError(f"lora.{name}", value, "empty: lora.variant=adalora finds the ranks")
+        if self.scaling != "alpha/r":
+            raise ConfigError("lora.scaling", self.scaling, "alpha/r with lora.variant=adalora")
+        if self.adalora.target_r > self.r:
+            raise ConfigError("lora.adalora.target_r", self.adalora.target_r, f"at most {self.r}, which is lora.r")
 
     def _check_vera(self) -> None:
         """VeRA has one rank and no scaling."""
@@ -574,6 +620,10 @@ class TrainRun:
         if self.train.metric is not None:
             _one_of("train.metric", self.train.metric, [*self.task.metrics, "loss"], "metric of the task")
         _check_packing(self.task, self.train)
+        if self.lora.variant == "adalora" and (self.train.restore_best or self.train.patience):
+            key = "restore_best" if self.train.restore_best else "patience"
+            allowed = "false or null with adalora: only its last steps keep to the budget"
+            raise ConfigError(f"train.{key}", getattr(self.train, key), allowed)
 
     def seed_for(self, kind: str) -> int:
         """The seed for "init", "data" or "dropout": its own key's, else the run's."""

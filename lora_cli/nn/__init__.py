@@ -1,5 +1,6 @@
 """Low-rank adapters as an exact PyTorch library. Knows torch and LoraSpec; not transformers, tasks or run folders."""
 
+from lora_cli.nn.adalora import Allocator
 from lora_cli.nn.adapter import AdapterFile, fingerprint, load_adapter, read_adapter, save_adapter
 from lora_cli.nn.convolutions import LoraConvolution
 from lora_cli.nn.inject import (
@@ -22,6 +23,7 @@ from lora_cli.nn.variants import VARIANTS
 __all__ = [
     "VARIANTS",
     "AdapterFile",
+    "Allocator",
     "Injection",
     "LoraConv1D",
     "LoraConvolution",

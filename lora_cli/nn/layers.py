@@ -92,7 +92,11 @@ class LoraLayer(nn.Module):
 
     def _draw(self, a_RI: Tensor, b_OR: Tensor, generator: torch.Generator | None) -> None:
         """Initialise one of two zero matrices: A Kaiming-uniform, as nn.Linear is."""
-        nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
+        if self.variant == "adalora":
+            for tensor in (a_RI, b_OR):
+                nn.init.normal_(tensor, std=0.02, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
 
     def _reduce(self, x: Tensor) -> Tensor:
         """(..., in) → A x (..., r), in the dtype in which the layer computes."""
@@ -140,6 +144,8 @@ class LoraLayer(nn.Module):
 
     def scaling_at(self, r: int) -> float:
         """s of an update of rank r."""
+        if self.variant == "adalora":
+            return self.alpha / (r + 1e-5)  # As PEFT divides.
         return 1.0 if VARIANTS[self.variant].is_shared else SCALINGS[self._scaling_rule](self.alpha, r)
 
     @property

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_cli.errors import AdapterError, printable
+from lora_cli.nn.adalora import KeptRanks
 from lora_cli.nn.convolutions import Kernel, LoraConvolution, kernels_of
 from lora_cli.nn.fused import Placement, placement_of
 from lora_cli.nn.kinds import kind_of, matrix_of
@@ -60,7 +61,7 @@ class StoredTensor:
     """Its name in the file, then names that older versions gave it."""
     shape: tuple[int, ...]
     """Its shape in the file."""
-    layout: Placement | Kernel | None = field(default=None, compare=False)
+    layout: Placement | Kernel | KeptRanks | None = field(default=None, compare=False)
     """For a B of parts: where its blocks stand among the rows of zeros in the file; for a convolution: its kernels."""
 
     def packed(self, parameter: Tensor) -> Tensor:
@@ -107,7 +108,8 @@ def plan_from(model: nn.Module, config: PeftConfig, fresh: Sequence[str], source
             raise AdapterError(f"{source}: target '{printable(pattern, 60)}' is a {found} here, which is not supported")
         ranks, alphas = spec.rank_pattern, spec.alpha_pattern
         r = ranks.get(_first_match(name, ranks) or "", spec.r)
-        layers[name] = LayerPlan(pattern, r, alphas.get(_first_match(name, alphas) or "", spec.alpha))
+        alpha = alphas.get(_first_match(name, alphas) or "", spec.alpha)
+        layers[name] = LayerPlan(pattern, r, alpha, kept=config.kept.get(name))
     if spec.targets and not layers:
         raise AdapterError(f"{source}: target_modules {printable(spec.targets, 80)} match no layer of this model")
     if not config.has_projections and widest(model, matched) != widest(model, layers):
@@ -148,7 +150,7 @@ def stored_tensors(model: nn.Module, plan: Plan, spec: LoraSpec) -> list[StoredT
     if spec.variant == FULL:
         return [StoredTensor(name, (name,), tuple(p.shape)) for name, p in model.named_parameters()]
     return [
-        *(_vera_tensors if spec.variant == "vera" else _layer_tensors)(model, plan, spec),
+        *_TENSORS.get(spec.variant, _layer_tensors)(model, plan, spec),
         *_row_tensors(model, plan),
         *_whole_tensors(model, plan),
         *_bias_tensors(model, plan, spec),
@@ -203,6 +205,9 @@ def build_config(model: nn.Module, plan: Plan, spec: LoraSpec, task_type: str | 
     if is_vera:
         return config | _vera_config(spec, exclude), own_plan
     config |= {"lora_alpha": alpha, "lora_dropout": spec.dropout, "peft_type": "LORA"}
+    if spec.variant == "adalora":
+        del config["r"]
+        config |= {"peft_type": "ADALORA", "init_r": spec.r, "target_r": spec.adalora.target_r, "total_step": 1}
     optional = {
         "alpha_pattern": _pattern(alphas, alpha),
         "exclude_modules": exclude,
@@ -305,6 +310,24 @@ def _vera_tensors(model: nn.Module, plan: Plan, spec: LoraSpec) -> Iterator[Stor
         for factor, shape in {"A": (spec.r, columns), "B": (rows, spec.r)}.items():
             key = f"{_PROJECTION}{factor}"
             yield StoredTensor(f"{name}.{factor}", (key, f"{key}.default"), shape)
+
+
+def _adalora_tensors(model: nn.Module, plan: Plan, spec: LoraSpec) -> Iterator[StoredTensor]:
+    for name, layer in plan.layers.items():
+        rows, columns = matrix_of(model, name).shape
+        kept = tuple(range(layer.r)) if layer.kept is None else layer.kept
+        layouts = {
+            "A": KeptRanks((layer.r, columns), kept, 0),
+            "B": KeptRanks((rows, layer.r), kept, 1),
+            "E": KeptRanks((layer.r,), kept, 0, is_column=True),
+        }
+        for factor, layout in layouts.items():
+            key = f"{PREFIX}{name}.lora_{factor}"
+            yield StoredTensor(f"{name}.{factor}", (key, f"{key}.default"), layout.shape, layout)
+
+
+_TENSORS = {"vera": _vera_tensors, "adalora": _adalora_tensors}
+"""Variant → the tensors of its layers, where they are others than LoRA's."""
 
 
 def _shaped(stored: StoredTensor, kernel: Kernel | None) -> StoredTensor:

@@ -144,6 +144,10 @@ def read_stored(folder: Path, *, r: int | None = None) -> StoredAdapter:
     file = read_adapter(folder)
     if file.config.spec.variant == FULL:
         raise AdapterError(f"{where(folder)}: a model that was trained whole has no update of low rank")
+    if file.config.spec.variant == "adalora":
+        raise AdapterError(
+            f"{where(folder)}: AdaLoRA has values between A and B, which only PEFT's own format can hold"
+        )
     if VARIANTS[file.config.spec.variant].is_shared:
         raise AdapterError(f"{where(folder)}: VeRA's layers share one A and B, which only PEFT's own format can hold")
     tensors = {

@@ -56,6 +56,8 @@ class LayerPlan:
     """Numerator of the scaling."""
     parts: tuple[str, ...] = ()
     """Parts of a fused projection, each of rank r; empty: the whole layer."""
+    kept: tuple[int, ...] | None = None
+    """Of AdaLoRA, numbers of the ranks that a file holds; None: all."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def check_plan(model: nn.Module, plan: Plan, spec: LoraSpec) -> None:
             module, a module with state beside its parameters, a layer whose rows of new tokens train besides.
     """
     _check_rows(model, plan, spec)
-    if plan.new_rows and VARIANTS[spec.variant].is_shared:
+    if plan.new_rows and VARIANTS[spec.variant].is_linear:
         raise ConfigError("model.add_tokens", "", f"not with lora.variant={spec.variant}: PEFT has no place for them")
     for name, layer in plan.layers.items():
         rows, columns = matrix_of(model, name).shape
@@ -123,7 +125,7 @@ def check_plan(model: nn.Module, plan: Plan, spec: LoraSpec) -> None:
         key = "lora.r" if layer.r == spec.r else "lora.rank_pattern"
         groups = check_groups(model.get_submodule(name), name, key, layer.r, spec.variant)
         is_shared = VARIANTS[spec.variant].is_shared
-        if is_shared and not is_projection(model, name):
+        if VARIANTS[spec.variant].is_linear and not is_projection(model, name):
             raise ConfigError("lora.variant", spec.variant, f"only for linear layers; {name} is {_class(model, name)}")
         # What is random and frozen gains from a rank above a layer's size.
         if not is_shared and layer.r > (most := min(rows, groups * columns)):

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SCALINGS", "VARIANTS", "Adapted", "DoRA", "DyLoRA", "Lora", "Variant", "VeRA"]
+__all__ = ["SCALINGS", "VARIANTS", "AdaLoRA", "Adapted", "DoRA", "DyLoRA", "Lora", "Variant", "VeRA"]
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
     "alpha/r": lambda alpha, r: alpha / r,
@@ -73,6 +73,8 @@ class Variant(Protocol):
     """Whether all layers, which are linear ones then, share one random A and B without a scaling."""
     is_dense: bool
     """Whether it is for layers adapted whole only, not in parts or in a convolution's groups."""
+    is_linear: bool
+    """Whether it is for linear layers only."""
 
     def prepare(self, layer: Adapted) -> None:
         """Adds those parameters to `layer`, so that a fresh layer computes what its base does."""
@@ -98,6 +100,7 @@ class Lora:
     frozen: tuple[str, ...] = ()
     is_shared: bool = False
     is_dense: bool = False
+    is_linear: bool = False
 
     def prepare(self, layer: Adapted) -> None:
         """Nothing to add."""
@@ -113,6 +116,28 @@ class Lora:
     def merged_weight(self, layer: Adapted) -> Tensor:
         """W + s B A."""
         return layer.matrix.float() + layer.delta_matrix()
+
+
+class AdaLoRA(Lora):
+    r"""W' = W + s B diag(E) A: singular values between singular vectors (Zhang et al. 2023, arXiv:2303.10512, eq. 3).
+
+    A and B begin as noise and are kept orthogonal by a penalty, E begins at zero. Entries of E that a layer needs less
+    than others do are set to zero: see `adalora.Allocator`, without which it trains at full rank.
+
+    Shapes: A (r, in), B (out, r), `E` (r,).
+    """
+
+    parameters: tuple[str, ...] = ("E",)
+    is_dense: bool = True
+    is_linear: bool = True
+
+    def prepare(self, layer: Adapted) -> None:
+        """Adds `E` of 0: nothing changes."""
+        layer.register_parameter("E", nn.Parameter(torch.zeros(layer.r, device=layer.matrix.device)))
+
+    def core(self, layer: Adapted) -> Tensor | None:
+        """E."""
+        return layer.get_parameter("E")
 
 
 class DyLoRA(Lora):
@@ -148,6 +173,7 @@ class DoRA:
     frozen: tuple[str, ...] = ()
     is_shared: bool = False
     is_dense: bool = True
+    is_linear: bool = False
 
     def prepare(self, layer: Adapted) -> None:
         """Adds `magnitude`, the row lengths of W: at B = 0 the factor is 1."""
@@ -195,6 +221,7 @@ class VeRA:
     frozen: tuple[str, ...] = ("A", "B")
     is_shared: bool = True
     is_dense: bool = True
+    is_linear: bool = True
 
     def prepare(self, layer: Adapted) -> None:
         """Adds `lambda_d` of 0.1, the paper's start (section 3.2), and `lambda_b` of 0: nothing changes."""
@@ -215,5 +242,11 @@ class VeRA:
         return layer.matrix.float() + layer.get_parameter("lambda_b")[:, None] * layer.delta_matrix()
 
 
-VARIANTS: dict[str, Variant] = {"lora": Lora(), "dora": DoRA(), "vera": VeRA(), "dylora": DyLoRA()}
+VARIANTS: dict[str, Variant] = {
+    "lora": Lora(),
+    "dora": DoRA(),
+    "vera": VeRA(),
+    "dylora": DyLoRA(),
+    "adalora": AdaLoRA(),
+}
 """Name in `lora.variant` → the variant."""

@@ -26,8 +26,8 @@ from lora_cli.spec import VARIANTS as VARIANT_NAMES
 from .models import trained
 
 NUM_IN, NUM_OUT = 12, 9
-OWN = tuple(name for name, variant in VARIANTS.items() if not variant.is_shared)
-"""Variants whose layers have an A and a B of their own."""
+ANY_LAYER = tuple(name for name, variant in VARIANTS.items() if not variant.is_linear)
+"""Variants that are not for linear layers only."""
 
 
 class Scaled(nn.Embedding):
@@ -67,8 +67,8 @@ class Case:
 CASES = {
     "Linear": Case(lambda bias: nn.Linear(NUM_IN, NUM_OUT, bias=bias), biases=(True, False)),
     "Conv1D": Case(conv1d),
-    "Embedding": Case(lambda bias: nn.Embedding(NUM_IN, NUM_OUT, padding_idx=1), biases=(False,), variants=OWN),
-    "scaled Embedding": Case(lambda bias: Scaled(NUM_IN, NUM_OUT), biases=(False,), variants=OWN),
+    "Embedding": Case(lambda bias: nn.Embedding(NUM_IN, NUM_OUT, padding_idx=1), biases=(False,), variants=ANY_LAYER),
+    "scaled Embedding": Case(lambda bias: Scaled(NUM_IN, NUM_OUT), biases=(False,), variants=ANY_LAYER),
     "parts of a Linear": Case(
         lambda bias: nn.Linear(NUM_IN, NUM_OUT, bias=bias), lambda: blocks(0, 2), (True, False), ("lora",)
     ),
@@ -114,6 +114,8 @@ def effective(layer: LoraLayer) -> torch.Tensor:
     weight = layer.base_layer.weight if isinstance(layer, LoraLinear) else layer.base_layer.weight.T
     if layer.variant == "vera":
         return weight + layer.lambda_b.diag() @ layer.B[:NUM_OUT] @ layer.lambda_d.diag() @ layer.A[:, :NUM_IN]
+    if layer.variant == "adalora":
+        return weight + layer.scaling * layer.B @ layer.E.diag() @ layer.A
     if layer.placement is None:
         update = weight + layer.scaling * torch.einsum("or,ri->oi", layer.B, layer.A)
     else:
