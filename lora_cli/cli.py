@@ -102,6 +102,9 @@ def _run(verb: str, words: list[str]) -> int:
     failed: list[tuple[config.Job, LoraError]] = []
     outputs: set[str | None] = set()
     _check_folder(verb, words)
+    if verb == "eval" and "," in (value_of("lora.r", words) or ""):
+        # Several ranks are one question about one run, so they need no -m.
+        words = ["-m", *words]
 
     def run_job(job: config.Job) -> float | None:
         try:

@@ -26,7 +26,9 @@ from lora_cli.engine.train import Objective, Outcome, Recorder, train
 from lora_cli.errors import ConfigError
 from lora_cli.models import BaseModel, load_base, save_config
 from lora_cli.nn import (
+    Allocator,
     Injection,
+    adapted_layers,
     inject,
     load_adapter,
     load_trainable_state,
@@ -95,11 +97,11 @@ class Experiment:
         )
         if spec.lora.init == "eva":
             start_from_inputs(base.model, _single_forwards(task, base, data["train"], device, spec.seed_for("data")))
-        # B = 0 adds exactly 0, and so does what is still at its start. DoRA divides by a norm and multiplies by it, the
-        # identity only up to rounding; so is a product of fewer rows, and the B A of an orthogonal init.
+        # What starts at 0 adds exactly 0, and so does what is still at its start. DoRA divides by a norm and multiplies
+        # by it, the identity only up to rounding; so is a product of fewer rows, and the B A of an orthogonal init.
         rounding = 1e-4 if device.precision == "fp32" else 2e-2
-        is_exact = spec.lora.variant in ("lora", "lora_fa") and spec.lora.init != "orthogonal" and not base.new_rows
-        tolerance = 0.0 if is_exact else rounding
+        is_rounded = spec.lora.variant == "dora" or spec.lora.init == "orthogonal" or base.new_rows
+        tolerance = rounding if is_rounded else 0.0
         after = _logits(task, base, data["train"], device)
         check_same_logits("a fresh adapter must not change the base model", before, after, tolerance=tolerance)
         return cls(
@@ -137,7 +139,7 @@ class Experiment:
         Raises:
             TrainingFailure: see `engine.train`.
         """
-        model, spec = self.base.model, self.spec.train
+        model, spec, lora = self.base.model, self.spec.train, self.spec.lora
         metric = spec.metric or self.task.primary_metric
         if resume is not None:
             load_trainable_state(model, resume.trained)
@@ -158,6 +160,7 @@ class Experiment:
             data_seed=self.spec.seed_for("data"),
             dropout_seed=self.spec.seed_for("dropout"),
             resume=resume,
+            method=Allocator(adapted_layers(model).values(), lora.adalora) if lora.variant == "adalora" else None,
         )
         if spec.restore_best and outcome.best is not None:
             load_trainable_state(model, outcome.best)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_cli.engine.device import Device, open_device
 from lora_cli.errors import AdapterError, ConfigError, DataError, RunError, printable
 from lora_cli.models import load_base
-from lora_cli.nn import load_adapter, read_adapter
+from lora_cli.nn import load_adapter, read_adapter, truncate
 from lora_cli.runs.directory import RunDirectory
 from lora_cli.runs.registry import find_run, is_bare_adapter
 from lora_cli.spec import QUANTIZATIONS, ChatRun, ClassificationSpec, EvalRun, InferRun, MergeRun, ModelSpec, TaskSpec
@@ -67,14 +67,18 @@ def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun) -> Saved:
         dtype=device.dtype,
         device=device.device,
     )
-    load_adapter(
+    # Before the adapter comes in, so that what its layers share is on the device once.
+    base.model.to(device.device)
+    injection = load_adapter(
         base.model,
         adapter,
         fresh=base.fresh,
         fingerprint=base.fingerprint,
         force_base=spec.force_base,
     )
-    base.model.to(device.device).eval()
+    if isinstance(spec, EvalRun | MergeRun) and spec.lora.r is not None:
+        truncate(base.model, injection, spec.lora.r)
+    base.model.eval()
     saved_tokenizer = None if folder is None else folder.tokenizer
     tokenizer = load_tokenizer(saved_tokenizer) if saved_tokenizer and saved_tokenizer.is_dir() else base.tokenizer
     asked = spec.batch_size if isinstance(spec, EvalRun | InferRun) else None

@@ -35,6 +35,7 @@ __all__ = [
     "TRACKERS",
     "VARIANTS",
     "VERBS",
+    "AdaLoraSpec",
     "ChatRun",
     "ChatSpec",
     "ClassificationSpec",
@@ -56,6 +57,7 @@ __all__ = [
     "LoraSpec",
     "MergeRun",
     "ModelSpec",
+    "RankSpec",
     "TaskSpec",
     "TextSpec",
     "TrackerSpec",
@@ -65,7 +67,7 @@ __all__ = [
 ]
 
 SPLITS = ("train", "validation", "test")
-VARIANTS = ("lora", "dora", "lora_fa", "full")
+VARIANTS = ("lora", "dora", "lora_fa", "vera", "dylora", "adalora", "full")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)")
 _BOTH_TRAIN = ("lora", "dora")
 """Variants in which a layer has an A and a B that train, so that one can learn faster."""
@@ -384,12 +386,43 @@ class ModelSpec:
 
 
 @dataclass(kw_only=True)
+class AdaLoraSpec:
+    """How AdaLoRA takes ranks away while it trains (Zhang et al. 2023, arXiv:2303.10512)."""
+
+    target_r: int = 8
+    """Ranks a layer has in the end, on average; `lora.r` is what each begins with."""
+    start: float = 0.1
+    """Share of all steps before the first rank goes."""
+    end: float = 0.3
+    """Share of all steps after the last one went."""
+    interval: int = 1
+    """Steps between two decisions."""
+    beta1: float = 0.85
+    """Smoothing of a parameter's sensitivity."""
+    beta2: float = 0.85
+    """Smoothing of its uncertainty."""
+    orthogonality: float = 0.1
+    """Weight of the penalty that keeps A and B orthogonal."""
+
+    def __post_init__(self) -> None:
+        for name in ("target_r", "interval"):
+            _at_least(f"lora.adalora.{name}", getattr(self, name), 1)
+        for name in ("start", "end", "beta1", "beta2"):
+            _share(f"lora.adalora.{name}", getattr(self, name))
+        if not 0 <= self.orthogonality < math.inf:
+            raise ConfigError("lora.adalora.orthogonality", self.orthogonality, "a number from 0 up")
+        if self.start + self.end >= 1:
+            raise ConfigError("lora.adalora.end", self.end, f"below {1 - self.start:g}, what start leaves")
+
+
+@dataclass(kw_only=True)
 class LoraSpec:
     """Which layers are adapted, and how (Hu et al. 2021, arXiv:2106.09685)."""
 
     variant: str = "lora"
-    """How the update meets the base weight: lora (W + s B A), dora (arXiv:2402.09353) or lora_fa (only B trains,
-    arXiv:2308.03303); full: no adapter, every weight of the base model trains."""
+    """How the update meets the base weight: lora (W + s B A), dora (arXiv:2402.09353), lora_fa (only B trains,
+    arXiv:2308.03303), dylora (arXiv:2210.07558), vera (arXiv:2310.11454), adalora (arXiv:2303.10512); full: no adapter,
+    every weight of the base model trains."""
     r: int = 8
     """Rank of the update."""
     alpha: float = 16.0
@@ -415,6 +448,10 @@ class LoraSpec:
     """Name, suffix or re:REGEX → a rank of its own."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Name, suffix or re:REGEX → an alpha of its own."""
+    projection_seed: int = 0
+    """Seed of vera's two random matrices. Adapters with the same one can share them."""
+    adalora: AdaLoraSpec = field(default_factory=AdaLoraSpec)
+    """How adalora spends its ranks."""
 
     def __post_init__(self) -> None:
         _one_of("lora.variant", self.variant, VARIANTS, "variant")
@@ -439,12 +476,41 @@ class LoraSpec:
             raise ConfigError("lora.init", self.init, f"kaiming with lora.variant={self.variant}")
         if self.b_lr_ratio != 1 and self.variant not in _BOTH_TRAIN:
             raise ConfigError("lora.b_lr_ratio", self.b_lr_ratio, f"1 with lora.variant={self.variant}")
+        _seed("lora.projection_seed", self.projection_seed)
+        if self.projection_seed and self.variant != "vera":
+            raise ConfigError("lora.projection_seed", self.projection_seed, "for lora.variant=vera only")
+        if self.variant == "vera":
+            self._check_vera()
+        if self.variant == "adalora":
+            self._check_adalora()
+        elif self.adalora != AdaLoraSpec():
+            raise ConfigError("lora.adalora", "", "for lora.variant=adalora only")
+        if self.variant == "dylora" and self.rank_pattern:
+            raise ConfigError("lora.rank_pattern", self.rank_pattern, "empty: dylora draws one rank for all layers")
         if self.variant == "full":
             for name in ("targets", "modules_to_save", "rank_pattern", "alpha_pattern"):
                 if value := getattr(self, name):
                     raise ConfigError(f"lora.{name}", value, "empty where everything trains (lora.variant=full)")
             if self.bias != "none":
                 raise ConfigError("lora.bias", self.bias, "none where everything trains (lora.variant=full)")
+
+    def _check_adalora(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            if value := getattr(self, name):
+                raise ConfigError(f"lora.{name}", value, "empty: lora.variant=adalora finds the ranks")
+        if self.scaling != "alpha/r":
+            raise ConfigError("lora.scaling", self.scaling, "alpha/r with lora.variant=adalora")
+        if self.adalora.target_r > self.r:
+            raise ConfigError("lora.adalora.target_r", self.adalora.target_r, f"at most {self.r}, which is lora.r")
+
+    def _check_vera(self) -> None:
+        """VeRA has one rank and no scaling."""
+        for name in ("alpha", "scaling"):
+            if (value := getattr(self, name)) != LoraSpec.__dataclass_fields__[name].default:
+                raise ConfigError(f"lora.{name}", value, "left as it is: lora.variant=vera has no scaling")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if value := getattr(self, name):
+                raise ConfigError(f"lora.{name}", value, "empty: all layers share one A and B (lora.variant=vera)")
 
 
 @dataclass(kw_only=True)
@@ -585,11 +651,26 @@ class TrainRun:
         _check_packing(self.task, self.train)
         if self.lora.variant == "full" and self.model.quantization != "none":
             raise ConfigError("model.quantization", self.model.quantization, "none where everything trains (lora=full)")
+        if self.lora.variant == "adalora" and (self.train.restore_best or self.train.patience):
+            key = "restore_best" if self.train.restore_best else "patience"
+            allowed = "false or null with adalora: only its last steps keep to the budget"
+            raise ConfigError(f"train.{key}", getattr(self.train, key), allowed)
 
     def seed_for(self, kind: str) -> int:
         """The seed for "init", "data" or "dropout": its own key's, else the run's."""
         own = getattr(self.train, f"{kind}_seed")
         return self.seed if own is None else int(own)
+
+
+@dataclass(kw_only=True)
+class RankSpec:
+    """Which of the ranks of a DyLoRA adapter is used."""
+
+    r: int | None = None
+    """Rank up to the trained one, of a run with lora=dylora; None: all of it."""
+
+    def __post_init__(self) -> None:
+        _at_least("lora.r", self.r, 1, optional=True)
 
 
 @dataclass(kw_only=True)
@@ -602,6 +683,8 @@ class EvalRun:
     """What is scored; the run's own unless given."""
     model: ModelSpec = field(default_factory=ModelSpec)
     """The base model; the run's own unless given."""
+    lora: RankSpec = field(default_factory=RankSpec)
+    """Which rank is used."""
     device: DeviceSpec = field(default_factory=DeviceSpec)
     """The machine."""
     batch_size: int | None = None
@@ -697,6 +780,8 @@ class MergeRun:
     """The task; the run's own unless given."""
     model: ModelSpec = field(default_factory=ModelSpec)
     """The base model; the run's own unless given."""
+    lora: RankSpec = field(default_factory=RankSpec)
+    """Which rank is used."""
     device: DeviceSpec = field(default_factory=DeviceSpec)
     """The machine."""
     force_base: bool = False
@@ -735,6 +820,8 @@ class ExportRun:
     """Run folder, unique prefix of its name, latest, or an adapter folder in PEFT format."""
     target: str = "???"
     """Program that is to load it: peft, vllm, sglang, tgi, lorax, llamacpp or loralib."""
+    lora: RankSpec = field(default_factory=RankSpec)
+    """Which rank is used."""
     output: str = "???"
     """Folder to write; it must not exist yet."""
 

@@ -17,7 +17,7 @@ __all__ = ["run"]
 def run(spec: EvalRun, *, directory: Path | None = None, overrides: Sequence[str] = ()) -> float | None:
     """Score `spec.task.split` with the saved run; returns the primary metric.
 
-    metrics.json and predictions.jsonl go to `spec.output`, else to eval/<split> in the run.
+    metrics.json and predictions.jsonl go to `spec.output`, else to eval/<split> in the run, for rank 4 eval/<split>-r4.
 
     Raises:
         UserError: the run, the data or the base model do not fit together.
@@ -33,6 +33,8 @@ def run(spec: EvalRun, *, directory: Path | None = None, overrides: Sequence[str
     encoded = saved.task.encode(rows, saved)
     screen.fact("run", str(saved.path))
     screen.fact(split, f"{len(rows):,} rows of {spec.task.name}")
+    if spec.lora.r is not None:
+        screen.fact("rank", str(spec.lora.r))
     screen.fact("device", str(saved.device))
     seen = saved.data.get(split, {})
     if seen and seen["fingerprint"] != rows.fingerprint:
@@ -52,11 +54,12 @@ def run(spec: EvalRun, *, directory: Path | None = None, overrides: Sequence[str
     metrics = scorer.result()
     for name, reason in scorer.undefined.items():
         screen.warning(f"{name} is undefined: {reason}")
-    output = Path(spec.output) if spec.output else directory or (saved.folder and saved.path / "eval" / split)
+    name = split if spec.lora.r is None else f"{split}-r{spec.lora.r}"
+    output = Path(spec.output) if spec.output else directory or (saved.folder and saved.path / "eval" / name)
     if output:
         write_json(
             output / "metrics.json",
-            {"split": split, "rows": len(rows), "metrics": metrics, "confusion": scorer.confusion},
+            {"split": split, "r": spec.lora.r, "rows": len(rows), "metrics": metrics, "confusion": scorer.confusion},
         )
         write_jsonl(output / "predictions.jsonl", scorer.predictions)
     screen.results({split: metrics})

@@ -50,7 +50,7 @@ def run(spec: ExportRun, *, directory: Path | None = None, overrides: Sequence[s
     from lora_cli.nn.stored import read_stored
 
     screen, folder = Screen(), find_adapter(spec.run)
-    stored = read_stored(folder)
+    stored = read_stored(folder, r=spec.lora.r)
     check_target(stored, spec.target)
     screen.fact("adapter", f"{folder}: {', '.join(traits(stored).values()) or 'one rank, one scaling, linear layers'}")
     changes: list[str] = []

@@ -20,7 +20,7 @@ from lora_cli.engine.selfcheck import Movement
 from lora_cli.errors import TrainingFailure
 from lora_cli.spec import TrainSpec
 
-__all__ = ["Objective", "Outcome", "Recorder", "train"]
+__all__ = ["Method", "Objective", "Outcome", "Recorder", "train"]
 
 _MAX_SKIPPED = 20
 """fp16 steps in a row that may overflow while the loss scale finds its size."""
@@ -40,6 +40,19 @@ class Recorder(Protocol):
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         """State to keep for resuming."""
+
+
+class Method(Protocol):
+    """A way to adapt that takes part in the training itself."""
+
+    def penalty(self) -> torch.Tensor:
+        """What is added to a step's mean loss; the losses that are recorded are without it."""
+
+    def after_step(self, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
+        """Change the parameters once step `step` (from 1) of `total` is taken, its gradients still there.
+
+        What it has to remember belongs in the optimizer's state, which a checkpoint holds.
+        """
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,7 @@ def train(
     dropout_seed: int,
     packing: bool = False,
     resume: Checkpoint | None = None,
+    method: Method | None = None,
 ) -> Outcome:
     """Train `model` in place on `examples`.
 
@@ -125,11 +139,15 @@ def train(
             # Divided by the targets of the whole step, so that accumulation equals one big batch.
             scaler.scale(loss / max(1, targets)).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
+        if method:
+            scaler.scale(method.penalty()).backward()  # type: ignore[no-untyped-call]
         scaler.unscale_(optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm or math.inf))
         mean_loss = float(loss_sum) / max(1, targets)
         skipped = _check_finite(mean_loss, norm, step, lr, skipped, overflow_allowed=scaler.is_enabled())
         scaler.step(optimizer)
+        if method and not skipped:
+            method.after_step(optimizer, step + 1, total)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
@@ -141,8 +159,10 @@ def train(
         progress.loss_sum += float(loss_sum)
         progress.loss_targets += targets
         if watch and not skipped and progress.step >= watch_until:
-            # A new token's row moves when a text has the token, which the first ones need not.
-            watch.verify(still=(".new_rows", ".A") if progress.step == 1 else (".new_rows",))
+            # A new token's row moves when a text has the token, which the first ones need not; singular values, unless
+            # the budget has taken a layer's last one; what is multiplied by a zero of the start, one step later.
+            late = (".A", ".lambda_d") if progress.step == 1 else ()
+            watch.verify(still=(".new_rows", ".E", *late))
             watch = None
 
         last = progress.step == total

@@ -1,5 +1,6 @@
 """Low-rank adapters as an exact PyTorch library. Knows torch and LoraSpec; not transformers, tasks or run folders."""
 
+from lora_cli.nn.adalora import Allocator
 from lora_cli.nn.adapter import AdapterFile, fingerprint, load_adapter, read_adapter, save_adapter
 from lora_cli.nn.convolutions import LoraConvolution
 from lora_cli.nn.eva import start_from_inputs
@@ -14,6 +15,7 @@ from lora_cli.nn.inject import (
     parameter_groups,
     remove,
     trainable_state,
+    truncate,
     unmerge,
 )
 from lora_cli.nn.layers import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear
@@ -33,6 +35,7 @@ __all__ = [
     "INITS",
     "VARIANTS",
     "AdapterFile",
+    "Allocator",
     "Injection",
     "LoraConv1D",
     "LoraConvolution",
@@ -60,5 +63,6 @@ __all__ = [
     "save_adapter",
     "start_from_inputs",
     "trainable_state",
+    "truncate",
     "unmerge",
 ]

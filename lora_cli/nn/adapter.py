@@ -36,6 +36,7 @@ from lora_cli.nn.peft_format import (
     plan_of,
     stored_scale,
     stored_tensors,
+    without_projections,
 )
 from lora_cli.nn.targets import FULL, LayerPlan, Plan, check_plan, is_inside
 from lora_cli.nn.tokens import token_layers
@@ -59,6 +60,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _MODEL = "model.safetensors"
 FACTS_FILE = "lora.json"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+_DYLORA = "dylora"
 _FORMAT = 1
 _SAMPLES = 64
 _PARTS_NOTE = (
@@ -142,6 +144,9 @@ def save_adapter(
         for stored in stored_tensors(model, plan, spec)
     }
     facts |= _parts_facts(layers)
+    if spec.variant == _DYLORA:
+        # To others it is LoRA; here it can be used at every smaller rank too.
+        facts["variant"] = _DYLORA
     if unlike := unlike_peft(model, layers):
         facts["unlike_peft"] = unlike
     documents = {CONFIG_FILE: dict(sorted(config.items())), FACTS_FILE: facts}
@@ -167,6 +172,8 @@ def read_adapter(folder: Path) -> AdapterFile:
         config = parse_config(read_json(folder / CONFIG_FILE), where(folder / CONFIG_FILE))
     else:
         raise AdapterError(f"{where(folder)}: no adapter here ({CONFIG_FILE} is missing)")
+    if facts.get("variant") is not None:
+        config = _as_dylora(config, facts["variant"], folder / FACTS_FILE)
     weights = _weights_of(config.spec)
     if not os.path.lexists(folder / weights):
         pickles = [name for name in _PICKLES if os.path.lexists(folder / name)]
@@ -209,7 +216,10 @@ def load_adapter(
         check_plan(model, plan, file.config.spec)
     except ConfigError as error:
         raise AdapterError(f"{where(file.folder / CONFIG_FILE)}: {printable(error, 180)}") from error
-    tensors = _read_tensors(file, stored_tensors(model, plan, file.config.spec), ignored_keys(model, plan))
+    expected = stored_tensors(model, plan, file.config.spec)
+    if not file.config.has_projections:
+        expected = without_projections(expected)
+    tensors = _read_tensors(file, expected, ignored_keys(model, plan))
     injection = inject_plan(model, plan, file.config.spec)
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -260,6 +270,13 @@ def _full_config(value: Any, path: Path) -> PeftConfig:
         raise AdapterError(f"{where(path)}: {FULL} must be an object of texts")
     task_type, base_name, revision = (value.get(key) for key in keys)
     return PeftConfig(LoraSpec(variant=FULL, targets=[]), (), task_type, base_name, revision)
+
+
+def _as_dylora(config: PeftConfig, variant: Any, path: Path) -> PeftConfig:
+    """What PEFT takes for LoRA as what it was trained as."""
+    if variant != _DYLORA or config.spec.variant != "lora" or config.spec.rank_pattern:
+        raise AdapterError(f"{where(path)}: variant={printable(variant, 40)} does not fit {CONFIG_FILE}")
+    return replace(config, spec=replace(config.spec, variant=_DYLORA))
 
 
 def _check_unlike(file: AdapterFile, layers: Mapping[str, str]) -> None:

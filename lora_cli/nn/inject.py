@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_cli.errors import AdapterError
+from lora_cli.errors import AdapterError, ConfigError
+from lora_cli.nn.dylora import DrawnRank
 from lora_cli.nn.fused import placement_of
 from lora_cli.nn.kinds import kind_of, shape_of
 from lora_cli.nn.layers import LoraEmbedding, LoraLayer, generator_for
@@ -20,12 +21,14 @@ from lora_cli.nn.quantized import quantized_layers
 from lora_cli.nn.targets import FULL, LayerPlan, Plan, first_names, is_inside, plan_adapter
 from lora_cli.nn.tokens import TokenRows, token_layers, vocabulary_layers
 from lora_cli.nn.variants import VARIANTS
+from lora_cli.nn.vera import draw_pair, widest
 from lora_cli.spec import LoraSpec
 
 __all__ = [
     "Injection",
     "TargetRow",
     "adapted_layers",
+    "check_truncation",
     "inject",
     "inject_plan",
     "load_trainable_state",
@@ -33,6 +36,7 @@ __all__ = [
     "parameter_groups",
     "remove",
     "trainable_state",
+    "truncate",
     "unmerge",
 ]
 
@@ -108,7 +112,12 @@ def inject_plan(model: nn.Module, plan: Plan, spec: LoraSpec, *, seed: int = 0) 
     if adapted_layers(model) or token_layers(model):
         raise AdapterError("the model is adapted already; remove that adapter first")
     model.requires_grad_(spec.variant == FULL)
-    layers = {name: _adapt(model, name, layer, spec, seed) for name, layer in plan.layers.items()}
+    shared = _shared_pair(model, plan, spec)
+    layers = {name: _adapt(model, name, layer, spec, seed, shared) for name, layer in plan.layers.items()}
+    if spec.variant == "dylora":
+        drawn = DrawnRank(model, spec.r)
+        for layer in layers.values():
+            layer.drawn_rank = drawn
     for name, first in first_names(model).items():
         if first in layers:
             model.set_submodule(name, layers[first].train(model.training))
@@ -129,7 +138,22 @@ def _put_rows(model: nn.Module, new_rows: Mapping[str, Sequence[int]]) -> None:
             model.set_submodule(each, layer)
 
 
-def _adapt(model: nn.Module, name: str, layer: LayerPlan, spec: LoraSpec, seed: int) -> LoraLayer:
+def _shared_pair(model: nn.Module, plan: Plan, spec: LoraSpec) -> tuple[nn.Parameter, nn.Parameter] | None:
+    """The one A and B of all layers, for a variant that has it."""
+    if not plan.layers or not VARIANTS[spec.variant].is_shared:
+        return None
+    device = next(model.parameters()).device
+    return draw_pair(spec.r, *widest(model, plan.layers), seed=spec.projection_seed, device=device)
+
+
+def _adapt(
+    model: nn.Module,
+    name: str,
+    layer: LayerPlan,
+    spec: LoraSpec,
+    seed: int,
+    shared: tuple[nn.Parameter, nn.Parameter] | None,
+) -> LoraLayer:
     base = model.get_submodule(name)
     kind = kind_of(base)
     assert kind is not None, "a plan holds what can be adapted"
@@ -143,6 +167,7 @@ def _adapt(model: nn.Module, name: str, layer: LayerPlan, spec: LoraSpec, seed: 
         init=spec.init,
         placement=placement_of(model, name, layer.parts, shape_of(model, name)[0]) if layer.parts else None,
         generator=generator_for(seed, name),
+        shared=shared,
     )
 
 
@@ -184,12 +209,39 @@ def unmerge(model: nn.Module) -> None:
 def remove(model: nn.Module) -> None:
     """Put plain modules back in place of the adapted ones. A merged update stays in them; any other is lost."""
     layers = adapted_layers(model)
+    for layer in layers.values():
+        if layer.drawn_rank:
+            layer.drawn_rank.stop()
     for name, first in first_names(model).items():
         if first in layers:
             model.set_submodule(name, layers[first].base_layer)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, TokenRows):
             model.set_submodule(name, module.base_layer)
+
+
+def truncate(model: nn.Module, injection: Injection, r: int) -> None:
+    """Leave the first `r` ranks of a DyLoRA adapter, in place: what was trained at rank `r`.
+
+    Raises:
+        ConfigError: it was trained otherwise, so its first ranks mean nothing, or at fewer ranks.
+    """
+    check_truncation(injection.spec, r)
+    for layer in adapted_layers(model).values():
+        layer.truncate(r)
+
+
+def check_truncation(spec: LoraSpec, r: int) -> None:
+    """That an adapter of this kind has a rank `r` inside.
+
+    Raises:
+        ConfigError: see `truncate`.
+    """
+    if spec.variant != "dylora":
+        hint = "lora inspect shows what a smaller rank would keep, lora combine makes it"
+        raise ConfigError("lora.r", r, f"only for an adapter trained with lora=dylora; {hint}")
+    if r > spec.r:
+        raise ConfigError("lora.r", r, f"at most {spec.r}, the rank that was trained")
 
 
 def _mergeable(model: nn.Module) -> dict[str, LoraLayer | TokenRows]:
@@ -303,5 +355,6 @@ def _everything_else(model: nn.Module, heads: Sequence[str]) -> TargetRow:
 
 
 def _num_adapter(layer: LoraLayer) -> int:
-    names = ("A", "B", *VARIANTS[layer.variant].parameters)
-    return sum(layer.get_parameter(name).numel() for name in names if name not in VARIANTS[layer.variant].frozen)
+    variant = VARIANTS[layer.variant]
+    names = {"A", "B", *variant.parameters} - {*variant.frozen}
+    return sum(layer.get_parameter(name).numel() for name in names)

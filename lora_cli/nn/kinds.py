@@ -8,7 +8,7 @@ from lora_cli.nn.convolutions import LoraConvolution
 from lora_cli.nn.layers import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear
 from lora_cli.nn.quantized import LoraQuantizedLinear
 
-__all__ = ["KINDS", "kind_of", "matrix_of", "shape_of"]
+__all__ = ["KINDS", "is_projection", "kind_of", "matrix_of", "shape_of"]
 
 KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraConv1D, LoraEmbedding, LoraConvolution, LoraQuantizedLinear)
 """In no order that matters: at most one fits a module."""
@@ -17,6 +17,12 @@ KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraConv1D, LoraEmbedding, Lor
 def kind_of(module: nn.Module) -> type[LoraLayer] | None:
     """The kind of adapted layer that `module` can be the base of, if any."""
     return next((kind for kind in KINDS if kind.fits(module)), None)
+
+
+def is_projection(model: nn.Module, name: str) -> bool:
+    """Whether a layer that can be adapted multiplies a vector by a matrix."""
+    kind = kind_of(model.get_submodule(name))
+    return kind is not None and kind.is_projection
 
 
 def matrix_of(model: nn.Module, name: str) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_cli.errors import AdapterError
+from lora_cli.nn.dylora import DrawnRank
 from lora_cli.nn.fused import Placement
 from lora_cli.nn.inits import INITS, Block
 from lora_cli.nn.variants import SCALINGS, VARIANTS
@@ -38,7 +39,8 @@ class LoraLayer(nn.Module):
     `weight` is the *effective* weight, with gradients to A and B, because some models bypass `forward`
     (DeBERTa v1's `in_proj.weight`, `nn.MultiheadAttention`'s `out_proj.weight`); dropout does not act there.
 
-    Shapes: A (r, in), B (out, r); with k parts, of P outputs together, A (k·r, in), B (P, r).
+    Shapes: A (r, in), B (out, r); with k parts, of P outputs together, A (k·r, in), B (P, r). A pair that layers share
+    is as large as the widest of them, and each uses its first columns and rows.
     """
 
     A0: Tensor | None
@@ -61,22 +63,20 @@ class LoraLayer(nn.Module):
         init: str = "kaiming",
         placement: Placement | None = None,
         generator: torch.Generator | None = None,
+        shared: tuple[nn.Parameter, nn.Parameter] | None = None,
     ) -> None:
         super().__init__()
-        assert placement is None or not VARIANTS[variant].parameters, "refused by name where the layer is chosen"
+        assert placement is None or not VARIANTS[variant].is_dense, "refused by name where the layer is chosen"
+        assert (shared is not None) == VARIANTS[variant].is_shared, "one pair is drawn for all layers, by `draw_pair`"
         self.base_layer = base_layer.requires_grad_(False)
         self.r, self.alpha = r, alpha
-        self.scaling = SCALINGS[scaling](alpha, r)
-        self.variant, self.init = variant, init
+        self.variant, self.init, self._scaling_rule = variant, init, scaling
+        self.scaling = self.scaling_at(r)
+        self.drawn_rank: DrawnRank | None = None
         self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
-        device = self.device
         self.placement = placement
-        num_parts, num_rows = (len(placement.parts), placement.num_rows) if placement else (1, self.out_features)
-        # Drawn on the CPU: a device's own generator would give another init on another device.
-        a_RI, b_OR = torch.zeros(num_parts * r, self.in_features), torch.zeros(num_rows, r // self.num_groups)
-        self._draw(a_RI, b_OR, generator)
-        self.placement = None if placement is None else placement.to(device)
-        self.A, self.B = nn.Parameter(a_RI.to(device)), nn.Parameter(b_OR.to(device))
+        self.A, self.B = shared or self._new_pair(generator)
+        self.placement = None if placement is None else placement.to(self.device)
         starts = (self.A.detach().clone(), self.B.detach().clone()) if INITS[init].is_residual else (None, None)
         # No results of training: the base weight tells them, so they are in no state and no file.
         self.register_buffer("A0", starts[0], persistent=False)
@@ -91,8 +91,20 @@ class LoraLayer(nn.Module):
         """Whether `module` is a base for this kind of layer."""
         raise NotImplementedError
 
+    def _new_pair(self, generator: torch.Generator | None) -> tuple[nn.Parameter, nn.Parameter]:
+        placed, device = self.placement, self.device
+        num_parts, num_rows = (len(placed.parts), placed.num_rows) if placed else (1, self.out_features)
+        # Drawn on the CPU: a device's own generator would give another init on another device.
+        a_RI, b_OR = torch.zeros(num_parts * self.r, self.in_features), torch.zeros(num_rows, self.r // self.num_groups)
+        self._draw(a_RI, b_OR, generator)
+        return nn.Parameter(a_RI.to(device)), nn.Parameter(b_OR.to(device))
+
     def _draw(self, a_RI: Tensor, b_OR: Tensor, generator: torch.Generator | None) -> None:
         """Let two zero matrices start as `init` says, each part and group by itself."""
+        if self.variant == "adalora":
+            for tensor in (a_RI, b_OR):
+                nn.init.normal_(tensor, std=0.02, generator=generator)
+            return
         blocks = self._blocks()
         for a_rI, (rows, outputs) in zip(a_RI.chunk(len(blocks)), blocks, strict=True):
             b_Or = torch.zeros(len(rows), b_OR.shape[1])
@@ -115,9 +127,12 @@ class LoraLayer(nn.Module):
         return functional.linear(self.dropout(x), self._whole_a().to(x.dtype))
 
     def _whole_a(self) -> Tensor:
-        """A of the update: of a residual init [A; A - A0] in each part and group (2r, in), else A."""
+        """A of the update: of a residual init [A; A - A0] in each part and group (2r, in), else A.
+
+        Where it is shared with wider layers, its first columns.
+        """
         if self.A0 is None:
-            return self.A
+            return self.A[:, : self.in_features]
         blocks = len(self.parts) or self.num_groups
         pairs = zip(self.A.chunk(blocks), (self.A - self.A0).chunk(blocks), strict=True)
         return torch.cat([each for pair in pairs for each in pair])
@@ -177,6 +192,17 @@ class LoraLayer(nn.Module):
         return self.shape_of(self.base_layer)[0]
 
     @property
+    def training_rank(self) -> int | None:
+        """The rank that this step trains; None: all of it, and always outside of training."""
+        return self.drawn_rank.current if self.drawn_rank and self.training else None
+
+    def scaling_at(self, r: int) -> float:
+        """s of an update of rank r."""
+        if self.variant == "adalora":
+            return self.alpha / (r + 1e-5)  # As PEFT divides.
+        return 1.0 if VARIANTS[self.variant].is_shared else SCALINGS[self._scaling_rule](self.alpha, r)
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The adapted parts of a fused projection; empty: the whole layer."""
         return self.placement.parts if self.placement else ()
@@ -205,15 +231,16 @@ class LoraLayer(nn.Module):
     def _placed_b(self) -> Tensor:
         """B for all outputs: with parts, its blocks in their places (out, k·r)."""
         B = self._whole_b()
-        return B if self.placement is None else self.placement.spread(B)
+        return B[: self.out_features] if self.placement is None else self.placement.spread(B)
 
     def delta_matrix(self) -> Tensor:
-        """s·B·A as (out, in), fp32, with gradients."""
+        """s·(B · core)·A as (out, in), fp32, with gradients."""
         with torch.autocast(self.A.device.type, enabled=False):
-            return self.scaling * (self._placed_b().float() @ self._whole_a().float())
+            b_OR, core_R = self._placed_b().float(), VARIANTS[self.variant].core(self)
+            return self.scaling * ((b_OR if core_R is None else b_OR * core_R) @ self._whole_a().float())
 
     def delta_weight(self) -> Tensor:
-        """s·B·A in the base's layout, fp32, with gradients."""
+        """`delta_matrix` in the base's layout."""
         return self._in_layout(self.delta_matrix())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -224,12 +251,20 @@ class LoraLayer(nn.Module):
     def _adapted(self, x: Tensor, base: Tensor) -> Tensor:
         """The layer's output from the base's."""
         # Scaled at rank r, where it costs least.
-        update = self._expand(self._reduce(x) * self.scaling)
+        ax_R, core_R = self._reduce(x) * self.scaling, VARIANTS[self.variant].core(self)
+        update = self._expand(ax_R if core_R is None else ax_R * core_R.to(ax_R.dtype))
         return VARIANTS[self.variant].combine(self, base, update)
 
     def _expand(self, ax_R: Tensor) -> Tensor:
         """(..., r) → B A x (..., out)."""
         return functional.linear(ax_R, self._placed_b().to(ax_R.dtype))
+
+    @torch.no_grad()
+    def truncate(self, r: int) -> None:
+        """Keep the first `r` rows of A and columns of B only, with the scaling of that rank."""
+        assert not self.parts, "parts have ranks of their own"
+        self.A, self.B = nn.Parameter(self.A[:r].clone()), nn.Parameter(self.B[:, :r].clone())
+        self.r, self.scaling = r, self.scaling_at(r)
 
     @torch.no_grad()
     def merge(self) -> float:
@@ -242,6 +277,8 @@ class LoraLayer(nn.Module):
         """
         if self.is_merged:
             raise AdapterError("the adapter is merged already; merging again would add it twice")
+        if self.drawn_rank:
+            self.drawn_rank.current = None  # What a last step trained is not all there is to merge.
         base = self._base_weight
         merged = self.weight
         if not merged.isfinite().all():

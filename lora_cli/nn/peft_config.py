@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_cli.errors import AdapterError, ConfigError, printable
 from lora_cli.nn.targets import ALL_LINEAR
-from lora_cli.spec import LoraSpec
+from lora_cli.spec import AdaLoraSpec, LoraSpec
 
 __all__ = ["NO_TARGETS", "PeftConfig", "parse_config"]
 
@@ -29,7 +29,8 @@ _UNSUPPORTED = (
 _HARMLESS = (
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode",
     "loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision",
-    "runtime_config", "task_type",
+    "runtime_config", "task_type", "d_initial", "init_weights", "beta1", "beta2", "deltaT",
+    "orth_reg_weight", "tfinal", "tinit", "total_step",
 )  # fmt: skip
 """Keys without influence on a finished adapter of the layers that are supported."""
 
@@ -54,6 +55,10 @@ class PeftConfig:
     """Its revision."""
     token_rows: Mapping[str | None, tuple[int, ...]] = field(default_factory=dict)
     """End of a layer's name, or None for the input embedding → numbers of the rows that train in it."""
+    has_projections: bool = True
+    """Whether the file of a VeRA adapter holds its two random matrices; otherwise they are drawn again."""
+    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of an AdaLoRA adapter, layer → numbers of the ranks that its file holds, where they are not all."""
 
 
 def parse_config(values: Mapping[str, Any], source: str) -> PeftConfig:
@@ -63,33 +68,24 @@ def parse_config(values: Mapping[str, Any], source: str) -> PeftConfig:
         AdapterError: a value that cannot be used, or a setting that would change what the adapter computes.
     """
     config = _Fields(values, source)
-    if values.get("peft_type") != "LORA":
-        raise config.fault("peft_type", "LORA is supported")
+    if values.get("peft_type") not in _SPECS:
+        raise config.fault("peft_type", f"{' and '.join(_SPECS)} are supported")
     for key in _UNSUPPORTED:
         if values.get(key):
             raise config.fault(key, "not supported; the adapter would compute something else")
     if str(values.get("init_lora_weights", "")).startswith(_CHANGES_BASE):
         raise config.fault("init_lora_weights", "it fits only the base that its training changed; save it converted")
     try:
-        spec = LoraSpec(
-            r=config.get("r", (int,), 8),
-            alpha=float(config.get("lora_alpha", _NUMBER, 8)),
-            dropout=float(config.get("lora_dropout", _NUMBER, 0.0)),
-            variant="dora" if config.get("use_dora", (bool,), False) else "lora",
-            scaling="alpha/sqrt(r)" if config.get("use_rslora", (bool,), False) else "alpha/r",
-            bias=config.get("bias", (str,), "none"),
-            targets=config.targets(),
-            modules_to_save=config.names("modules_to_save"),
-            rank_pattern=config.pattern("rank_pattern", (int,)),
-            alpha_pattern={name: float(alpha) for name, alpha in config.pattern("alpha_pattern", _NUMBER).items()},
-        )
+        spec = _SPECS[values["peft_type"]](config)
     except (ConfigError, OverflowError) as error:
         raise AdapterError(f"{source}: {printable(error, 180)}") from error
     exclude, token_rows = tuple(config.names("exclude_modules")), config.token_rows()
+    has_projections = config.get("save_projection", (bool,), True)
+    kept = config.kept_ranks(spec.r) if spec.variant == "adalora" else {}
     config.warn_of_unknown()
     keys = ("task_type", "base_model_name_or_path", "revision")
     task_type, base_name, revision = (config.get(key, (str, type(None)), None) for key in keys)
-    return PeftConfig(spec, exclude, task_type, base_name, revision, token_rows)
+    return PeftConfig(spec, exclude, task_type, base_name, revision, token_rows, has_projections, kept)
 
 
 class _Fields:
@@ -134,6 +130,15 @@ class _Fields:
                 raise self.fault(key, "a number is needed for each name")
         return pattern
 
+    def kept_ranks(self, r: int) -> dict[str, tuple[int, ...]]:
+        pattern: dict[str, Any] = self.get("rank_pattern", (dict, type(None)), None) or {}
+        for name, mask in pattern.items():
+            are_flags = isinstance(mask, list) and len(mask) == r and all(type(flag) is bool for flag in mask)
+            if not name.endswith(".lora_E") or not are_flags:
+                raise self.fault("rank_pattern", f"{r} times true or false are needed for each lora_E")
+        names = {name.removesuffix(".lora_E"): mask for name, mask in pattern.items()}
+        return {name: tuple(number for number, flag in enumerate(mask) if flag) for name, mask in names.items()}
+
     def token_rows(self) -> dict[str | None, tuple[int, ...]]:
         value = self.get("trainable_token_indices", (list, dict, type(None)), None) or {}
         rows: dict[str | None, list[int]] = value if isinstance(value, dict) else {None: value}
@@ -150,3 +155,50 @@ class _Fields:
         if unknown:
             names = ", ".join(printable(key, 40) for key in unknown[:5])
             warnings.warn(f"{self.source}: unknown settings are ignored: {names}", stacklevel=4)
+
+
+def _lora_spec(config: _Fields) -> LoraSpec:
+    return LoraSpec(
+        r=config.get("r", (int,), 8),
+        alpha=float(config.get("lora_alpha", _NUMBER, 8)),
+        dropout=float(config.get("lora_dropout", _NUMBER, 0.0)),
+        variant="dora" if config.get("use_dora", (bool,), False) else "lora",
+        scaling="alpha/sqrt(r)" if config.get("use_rslora", (bool,), False) else "alpha/r",
+        bias=config.get("bias", (str,), "none"),
+        targets=config.targets(),
+        modules_to_save=config.names("modules_to_save"),
+        rank_pattern=config.pattern("rank_pattern", (int,)),
+        alpha_pattern={name: float(alpha) for name, alpha in config.pattern("alpha_pattern", _NUMBER).items()},
+    )
+
+
+def _vera_spec(config: _Fields) -> LoraSpec:
+    return LoraSpec(
+        variant="vera",
+        r=config.get("r", (int,), 256),
+        dropout=float(config.get("vera_dropout", _NUMBER, 0.0)),
+        bias=config.get("bias", (str,), "none").replace("vera_only", "lora_only"),
+        targets=config.targets(),
+        modules_to_save=config.names("modules_to_save"),
+        projection_seed=config.get("projection_prng_key", (int,), 0),
+    )
+
+
+def _adalora_spec(config: _Fields) -> LoraSpec:
+    r, target = config.get("init_r", (int,), 12), config.get("target_r", (int,), 8)
+    config.get("r", (int,), 8)
+    return LoraSpec(
+        variant="adalora",
+        r=r,
+        # PEFT takes an alpha that is not positive for r.
+        alpha=max(0.0, float(config.get("lora_alpha", _NUMBER, 8))) or float(r),
+        dropout=float(config.get("lora_dropout", _NUMBER, 0.0)),
+        bias=config.get("bias", (str,), "none"),
+        targets=config.targets(),
+        modules_to_save=config.names("modules_to_save"),
+        adalora=AdaLoraSpec(target_r=min(r, target)),
+    )
+
+
+_SPECS = {"ADALORA": _adalora_spec, "LORA": _lora_spec, "VERA": _vera_spec}
+"""peft_type → how its config is read."""

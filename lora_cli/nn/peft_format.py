@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_cli.errors import AdapterError, printable
+from lora_cli.nn.adalora import KeptRanks
 from lora_cli.nn.convolutions import Kernel, LoraConvolution, kernels_of
 from lora_cli.nn.fused import Placement, placement_of
 from lora_cli.nn.inits import INITS
@@ -25,6 +26,7 @@ from lora_cli.nn.quantized import LoraQuantizedLinear
 from lora_cli.nn.targets import ALL_LINEAR, FULL, LayerPlan, Plan, first_names, is_inside, outermost
 from lora_cli.nn.tokens import TokenRows, vocabulary_layers
 from lora_cli.nn.variants import VARIANTS
+from lora_cli.nn.vera import widest
 from lora_cli.spec import LoraSpec
 
 __all__ = [
@@ -36,10 +38,14 @@ __all__ = [
     "plan_of",
     "stored_scale",
     "stored_tensors",
+    "without_projections",
 ]
 
 PREFIX = "base_model.model."
 """Before every tensor's name."""
+
+_PROJECTION = "base_model.vera_"
+"""Before the names of the two matrices that all layers of a VeRA adapter share."""
 
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """Task type → modules that PEFT saves whole without being asked."""
@@ -58,7 +64,7 @@ class StoredTensor:
     """Its name in the file, then names that older versions gave it."""
     shape: tuple[int, ...]
     """Its shape in the file."""
-    layout: Placement | Kernel | None = field(default=None, compare=False)
+    layout: Placement | Kernel | KeptRanks | None = field(default=None, compare=False)
     """For a B of parts: where its blocks stand among the rows of zeros in the file; for a convolution: its kernels."""
 
     def packed(self, parameter: Tensor) -> Tensor:
@@ -88,22 +94,29 @@ def plan_from(model: nn.Module, config: PeftConfig, fresh: Sequence[str], source
     spec, names = config.spec, list(dict.fromkeys(first_names(model).values()))
     saved = (*spec.modules_to_save, *_HEADS.get(config.task_type or "", ()))
     layers: dict[str, LayerPlan] = {}
+    matched: list[str] = []
     for name in names:
         pattern = _first_match(name, spec.targets)
         kind = kind_of(model.get_submodule(name))
         if spec.targets == [ALL_LINEAR]:
             pattern = ALL_LINEAR if kind and kind.is_projection and not _is_output(model, name) else None
         is_saved = is_inside(name, fresh) or any(f".{entry}." in f".{name}." for entry in saved)
-        if pattern is None or is_saved or _first_match(name, config.exclude):
+        if pattern is None or _first_match(name, config.exclude):
+            continue
+        matched += [name] if kind and kind.is_projection else []
+        if is_saved:
             continue
         if kind is None:
             found = type(model.get_submodule(name)).__name__
             raise AdapterError(f"{source}: target '{printable(pattern, 60)}' is a {found} here, which is not supported")
         ranks, alphas = spec.rank_pattern, spec.alpha_pattern
         r = ranks.get(_first_match(name, ranks) or "", spec.r)
-        layers[name] = LayerPlan(pattern, r, alphas.get(_first_match(name, alphas) or "", spec.alpha))
+        alpha = alphas.get(_first_match(name, alphas) or "", spec.alpha)
+        layers[name] = LayerPlan(pattern, r, alpha, kept=config.kept.get(name))
     if spec.targets and not layers:
         raise AdapterError(f"{source}: target_modules {printable(spec.targets, 80)} match no layer of this model")
+    if not config.has_projections and widest(model, matched) != widest(model, layers):
+        raise AdapterError(f"{source}: save_projection=false: PEFT drew the matrices for wider layers; save them")
     whole = outermost([*fresh, *_saved_whole(names, saved, layers)])
     return Plan(layers, whole, new_rows=_new_rows(model, config, source))
 
@@ -127,6 +140,11 @@ def _new_rows(model: nn.Module, config: PeftConfig, source: str) -> dict[str, tu
     return found
 
 
+def without_projections(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
+    """What is in the file of a VeRA adapter whose random matrices are drawn again."""
+    return [stored for stored in tensors if not stored.keys[0].startswith(_PROJECTION)]
+
+
 def stored_tensors(model: nn.Module, plan: Plan, spec: LoraSpec) -> list[StoredTensor]:
     """Every tensor that belongs in the file, for a model before or after `plan` is carried out.
 
@@ -135,7 +153,7 @@ def stored_tensors(model: nn.Module, plan: Plan, spec: LoraSpec) -> list[StoredT
     if spec.variant == FULL:
         return [StoredTensor(name, (name,), tuple(p.shape)) for name, p in model.named_parameters()]
     return [
-        *_layer_tensors(model, plan, spec),
+        *_TENSORS.get(spec.variant, _layer_tensors)(model, plan, spec),
         *_row_tensors(model, plan),
         *_whole_tensors(model, plan),
         *_bias_tensors(model, plan, spec),
@@ -170,7 +188,9 @@ def build_config(model: nn.Module, plan: Plan, spec: LoraSpec, task_type: str | 
     names = [name for name in dict.fromkeys(first_names(model).values()) if not _is_part_of_layer(name, plan)]
     saved = (*plan.whole, *_HEADS.get(task_type or "", ()))
     whole = outermost([*plan.whole, *_saved_whole(names, saved, plan.layers)])
-    targets, exclude = _shortest_names(plan.layers, names, whole)
+    is_vera = spec.variant == "vera"
+    # VeRA's matrices are as wide as the widest layer that matches, be it saved whole.
+    targets, exclude = _shortest_names(plan.layers, names, () if is_vera else whole)
     scales = {name: stored_scale(layer, spec.scaling) for name, layer in plan.layers.items()}
     ranks = {name: r for name, (r, _) in scales.items()}
     alphas = {name: _plain(alpha) for name, (_, alpha) in scales.items()}
@@ -179,14 +199,18 @@ def build_config(model: nn.Module, plan: Plan, spec: LoraSpec, task_type: str | 
         "bias": spec.bias,
         "fan_in_fan_out": any(_has_in_first(model.get_submodule(name)) for name in plan.layers),
         "inference_mode": True,
-        "lora_alpha": alpha,
-        "lora_dropout": spec.dropout,
         "modules_to_save": sorted(whole) or None,
-        "peft_type": "LORA",
         "r": r,
         "target_modules": targets or NO_TARGETS,
         "task_type": task_type,
     }
+    own_plan = Plan(plan.layers, whole, new_rows=plan.new_rows)
+    if is_vera:
+        return config | _vera_config(spec, exclude), own_plan
+    config |= {"lora_alpha": alpha, "lora_dropout": spec.dropout, "peft_type": "LORA"}
+    if spec.variant == "adalora":
+        del config["r"]
+        config |= {"peft_type": "ADALORA", "init_r": spec.r, "target_r": spec.adalora.target_r, "total_step": 1}
     optional = {
         "alpha_pattern": _pattern(alphas, alpha),
         "exclude_modules": exclude,
@@ -196,7 +220,19 @@ def build_config(model: nn.Module, plan: Plan, spec: LoraSpec, task_type: str | 
         "use_rslora": spec.scaling == "alpha/sqrt(r)",
     }
     config |= {key: value for key, value in optional.items() if value}
-    return config, Plan(plan.layers, whole, new_rows=plan.new_rows)
+    return config, own_plan
+
+
+def _vera_config(spec: LoraSpec, exclude: Sequence[str]) -> dict[str, Any]:
+    if exclude:
+        raise AdapterError(f"{printable(exclude[0], 60)}: its name ends in an adapted layer's; PEFT's VeRA takes both")
+    return {
+        "bias": spec.bias.replace("lora_only", "vera_only"),
+        "peft_type": "VERA",
+        "projection_prng_key": spec.projection_seed,
+        "save_projection": True,
+        "vera_dropout": spec.dropout,
+    }
 
 
 def plan_of(layer: LoraLayer, scaling: str) -> LayerPlan:
@@ -271,6 +307,37 @@ def _layer_tensors(model: nn.Module, plan: Plan, spec: LoraSpec) -> Iterator[Sto
             key = f"{PREFIX}{name}.lora_{parameter}_vector"
             names = (key, f"{key}.weight", f"{key}.default")
             yield _shaped(StoredTensor(f"{name}.{parameter}", names, (rows,)), kernels.get(parameter))
+
+
+def _vera_tensors(model: nn.Module, plan: Plan, spec: LoraSpec) -> Iterator[StoredTensor]:
+    """Of each layer its vectors; of the first one A and B, as all have the same."""
+    for name in plan.layers:
+        sizes = {"lambda_b": shape_of(model, name)[0], "lambda_d": spec.r}
+        for parameter, size in sizes.items():
+            yield StoredTensor(f"{name}.{parameter}", (f"{PREFIX}{name}.vera_{parameter}",), (size,))
+    for name in list(plan.layers)[:1]:
+        rows, columns = widest(model, plan.layers)
+        for factor, shape in {"A": (spec.r, columns), "B": (rows, spec.r)}.items():
+            key = f"{_PROJECTION}{factor}"
+            yield StoredTensor(f"{name}.{factor}", (key, f"{key}.default"), shape)
+
+
+def _adalora_tensors(model: nn.Module, plan: Plan, spec: LoraSpec) -> Iterator[StoredTensor]:
+    for name, layer in plan.layers.items():
+        rows, columns = shape_of(model, name)
+        kept = tuple(range(layer.r)) if layer.kept is None else layer.kept
+        layouts = {
+            "A": KeptRanks((layer.r, columns), kept, 0),
+            "B": KeptRanks((rows, layer.r), kept, 1),
+            "E": KeptRanks((layer.r,), kept, 0, is_column=True),
+        }
+        for factor, layout in layouts.items():
+            key = f"{PREFIX}{name}.lora_{factor}"
+            yield StoredTensor(f"{name}.{factor}", (key, f"{key}.default"), layout.shape, layout)
+
+
+_TENSORS = {"vera": _vera_tensors, "adalora": _adalora_tensors}
+"""Variant → the tensors of its layers, where they are others than LoRA's."""
 
 
 def _shaped(stored: StoredTensor, kernel: Kernel | None) -> StoredTensor:

@@ -21,11 +21,13 @@ from torch import Tensor
 from lora_cli import __version__
 from lora_cli.errors import AdapterError, printable
 from lora_cli.nn.adapter import CONFIG_FILE, FACTS_FILE, WEIGHTS_FILE, read_adapter, write_files
+from lora_cli.nn.inject import check_truncation
 from lora_cli.nn.peft_config import NO_TARGETS, PeftConfig, parse_config
 from lora_cli.nn.peft_format import PREFIX
 from lora_cli.nn.targets import FULL, LayerPlan
 from lora_cli.nn.untrusted import read_json, read_tensor, where
-from lora_cli.nn.variants import SCALINGS
+from lora_cli.nn.variants import SCALINGS, VARIANTS
+from lora_cli.spec import LoraSpec
 
 __all__ = [
     "Factors",
@@ -126,19 +128,28 @@ class StoredAdapter:
             config |= {"r": mode(ranks.values()), "lora_alpha": mode(alphas.values())}
         patterns = {"alpha_pattern": _pattern(alphas), "rank_pattern": _pattern(ranks)}
         config |= {key: pattern for key, pattern in patterns.items() if pattern}
-        facts = {key: value for key, value in self.facts.items() if key != "parts"}
+        facts = {key: value for key, value in self.facts.items() if key not in ("parts", "variant")}
         return replace(self, config=config, layers=dict(sorted(layers.items())), facts=facts, parts={})
 
 
-def read_stored(folder: Path) -> StoredAdapter:
+def read_stored(folder: Path, *, r: int | None = None) -> StoredAdapter:
     """All of an adapter folder, checked: names, shapes, ranks as the config says, every number finite.
+
+    With `r`, what a DyLoRA adapter is at that rank: an ordinary adapter.
 
     Raises:
         AdapterError: it is damaged, not LoRA or DoRA, or holds a whole model.
+        ConfigError: it has no such rank inside.
     """
     file = read_adapter(folder)
     if file.config.spec.variant == FULL:
         raise AdapterError(f"{where(folder)}: a model that was trained whole has no update of low rank")
+    if file.config.spec.variant == "adalora":
+        raise AdapterError(
+            f"{where(folder)}: AdaLoRA has values between A and B, which only PEFT's own format can hold"
+        )
+    if VARIANTS[file.config.spec.variant].is_shared:
+        raise AdapterError(f"{where(folder)}: VeRA's layers share one A and B, which only PEFT's own format can hold")
     tensors = {
         key: read_tensor(file.weights, entry) for key, entry in file.tensors.items() if not _BASE_COPY.fullmatch(key)
     }
@@ -147,7 +158,18 @@ def read_stored(folder: Path) -> StoredAdapter:
     for name, plan in file.parts.items():
         if name not in stored.layers or stored.layers[name].r != len(plan.parts) * plan.r:
             raise AdapterError(f"{where(folder / FACTS_FILE)}: parts of {printable(name, 60)} do not fit its factors")
-    return replace(stored, facts=facts, parts=file.parts)
+    stored = replace(stored, facts=facts, parts=file.parts)
+    return stored if r is None else _truncated(stored, file.config.spec, r)
+
+
+def _truncated(stored: StoredAdapter, spec: LoraSpec, r: int) -> StoredAdapter:
+    check_truncation(spec, r)
+    rule = SCALINGS[spec.scaling]
+    layers = {
+        name: replace(layer, A=layer.A[:r], B=layer.B[:, :r], scaling=layer.scaling * rule(1, r) / rule(1, layer.r))
+        for name, layer in stored.layers.items()
+    }
+    return stored.with_layers(layers)
 
 
 def assemble(

@@ -18,7 +18,7 @@ from lora_cli.errors import ConfigError, UnknownName
 from lora_cli.nn.convolutions import check_groups
 from lora_cli.nn.fused import placement_of
 from lora_cli.nn.inits import INITS, check_init
-from lora_cli.nn.kinds import KINDS, kind_of, shape_of
+from lora_cli.nn.kinds import KINDS, is_projection, kind_of, shape_of
 from lora_cli.nn.layers import LoraEmbedding, LoraLayer
 from lora_cli.nn.quantized import quantized_layers
 from lora_cli.nn.tokens import vocabulary_layers
@@ -58,6 +58,8 @@ class LayerPlan:
     """Numerator of the scaling."""
     parts: tuple[str, ...] = ()
     """Parts of a fused projection, each of rank r; empty: the whole layer."""
+    kept: tuple[int, ...] | None = None
+    """Of AdaLoRA, numbers of the ranks that a file holds; None: all."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ def check_plan(model: nn.Module, plan: Plan, spec: LoraSpec) -> None:
             new tokens train besides.
     """
     _check_rows(model, plan, spec)
+    if plan.new_rows and VARIANTS[spec.variant].is_linear:
+        raise ConfigError("model.add_tokens", "", f"not with lora.variant={spec.variant}: PEFT has no place for them")
     for name, layer in plan.layers.items():
         rows, columns = shape_of(model, name)
         if layer.parts:
@@ -125,15 +129,19 @@ def check_plan(model: nn.Module, plan: Plan, spec: LoraSpec) -> None:
             raise ConfigError("lora.variant", spec.variant, f"not for an embedding ({name}), whose A starts at zero")
         key = "lora.r" if layer.r == spec.r else "lora.rank_pattern"
         groups = check_groups(model.get_submodule(name), name, key, layer.r, spec.variant)
-        if layer.r > (most := min(rows, groups * columns)):
+        is_shared = VARIANTS[spec.variant].is_shared
+        if VARIANTS[spec.variant].is_linear and not is_projection(model, name):
+            raise ConfigError("lora.variant", spec.variant, f"only for linear layers; {name} is {_class(model, name)}")
+        # What is random and frozen gains from a rank above a layer's size.
+        if not is_shared and layer.r > (most := min(rows, groups * columns)):
             raise ConfigError(key, layer.r, f"at most {most} for {name}, which is {rows} × {columns}")
         if INITS[spec.init].is_residual and 2 * layer.r > most:
             raise ConfigError(
                 key, layer.r, f"at most {most // 2} for {name} with lora.init={spec.init}, saved as twice it"
             )
         if kind := kind_of(model.get_submodule(name)):
-            is_embedding, is_projection = kind is LoraEmbedding, kind.is_projection
-            check_init(spec.init, name, layer.r // groups, is_embedding=is_embedding, is_projection=is_projection)
+            shape = {"is_embedding": kind is LoraEmbedding, "is_projection": kind.is_projection}
+            check_init(spec.init, name, layer.r // groups, **shape)
     _check_ties(model, plan)
     for name in plan.whole:
         module = model.get_submodule(name)
@@ -255,7 +263,7 @@ def _has_experts(model: nn.Module, name: str) -> bool:
 def _check_parts(model: nn.Module, name: str, layer: LayerPlan, spec: LoraSpec) -> int:
     """The number of outputs of the smallest part."""
     placement = placement_of(model, name, layer.parts, shape_of(model, name)[0])
-    if VARIANTS[spec.variant].parameters:
+    if VARIANTS[spec.variant].is_dense:
         raise ConfigError("lora.variant", spec.variant, f"not for parts of a fused projection ({name}); adapt it whole")
     # On disk the parts are one update of rank k·r, and must be allowed as such.
     num_parts = len(layer.parts)

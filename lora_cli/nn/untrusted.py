@@ -88,6 +88,8 @@ def read_tensor(path: Path, entry: TensorEntry) -> Tensor:
         file.seek(entry.start)
         if file.readinto(data) != entry.num_bytes:  # type: ignore[attr-defined]
             raise AdapterError(f"{where(path)}: it became shorter while it was read")
+    if not data:
+        return torch.zeros(entry.shape, dtype=entry.dtype)  # Of a layer that AdaLoRA left no rank.
     return torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape)
 
 

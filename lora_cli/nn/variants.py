@@ -13,7 +13,18 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SCALINGS", "VARIANTS", "Adapted", "DoRA", "Lora", "LoraFA", "Variant"]
+__all__ = [
+    "SCALINGS",
+    "VARIANTS",
+    "AdaLoRA",
+    "Adapted",
+    "DoRA",
+    "DyLoRA",
+    "Lora",
+    "LoraFA",
+    "Variant",
+    "VeRA",
+]
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
     "alpha/r": lambda alpha, r: alpha / r,
@@ -35,8 +46,32 @@ class Adapted(Protocol):
         """The base weight as (out, in), whatever its layout."""
         ...
 
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        ...
+
+    @property
+    def out_features(self) -> int:
+        """Size of an output."""
+        ...
+
+    @property
+    def r(self) -> int:
+        """Rank of the update."""
+        ...
+
+    @property
+    def training_rank(self) -> int | None:
+        """The rank that this step trains; None: all of it, and always outside of training."""
+        ...
+
+    def scaling_at(self, r: int) -> float:
+        """s of an update of rank r."""
+        ...
+
     def delta_matrix(self) -> Tensor:
-        """s·B·A as (out, in), fp32."""
+        """s·(B · core)·A as (out, in), fp32."""
         ...
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -55,9 +90,19 @@ class Variant(Protocol):
     """Names of the parameters it adds to a layer, beside A and B."""
     frozen: tuple[str, ...]
     """Names among A and B that do not train."""
+    is_shared: bool
+    """Whether all layers, which are linear ones then, share one random A and B without a scaling."""
+    is_dense: bool
+    """Whether it is for layers adapted whole only, not in parts or in a convolution's groups."""
+    is_linear: bool
+    """Whether it is for linear layers only."""
 
     def prepare(self, layer: Adapted) -> None:
-        """Adds those parameters to `layer`, so that nothing changes while B = 0."""
+        """Adds those parameters to `layer`, so that a fresh layer computes what its base does."""
+        ...
+
+    def core(self, layer: Adapted) -> Tensor | None:
+        """Factors (r,) between A and B: the update is s·B (core ∘ (A x)); None: ones."""
         ...
 
     def combine(self, layer: Adapted, base: Tensor, update: Tensor) -> Tensor:
@@ -74,9 +119,16 @@ class Lora:
 
     parameters: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
+    is_shared: bool = False
+    is_dense: bool = False
+    is_linear: bool = False
 
     def prepare(self, layer: Adapted) -> None:
         """Nothing to add."""
+
+    def core(self, layer: Adapted) -> Tensor | None:
+        """Ones."""
+        return None
 
     def combine(self, layer: Adapted, base: Tensor, update: Tensor) -> Tensor:
         """base + update."""
@@ -97,6 +149,47 @@ class LoraFA(Lora):
     frozen: tuple[str, ...] = ("A",)
 
 
+class AdaLoRA(Lora):
+    r"""W' = W + s B diag(E) A: singular values between singular vectors (Zhang et al. 2023, arXiv:2303.10512, eq. 3).
+
+    A and B begin as noise and are kept orthogonal by a penalty, E begins at zero. Entries of E that a layer needs less
+    than others do are set to zero: see `adalora.Allocator`, without which it trains at full rank.
+
+    Shapes: A (r, in), B (out, r), `E` (r,).
+    """
+
+    parameters: tuple[str, ...] = ("E",)
+    is_dense: bool = True
+    is_linear: bool = True
+
+    def prepare(self, layer: Adapted) -> None:
+        """Adds `E` of 0: nothing changes."""
+        layer.register_parameter("E", nn.Parameter(torch.zeros(layer.r, device=layer.device)))
+
+    def core(self, layer: Adapted) -> Tensor | None:
+        """E."""
+        return layer.get_parameter("E")
+
+
+class DyLoRA(Lora):
+    r"""Trains the first b rows of A and columns of B, b drawn anew at each step: an adapter of any rank up to r in one.
+
+    In training W' = W + s(b) B[:, :b] A[:b] (Valipour et al. 2022, arXiv:2210.07558, algorithm 1), all b of them with a
+    gradient: the paper's version that is not frozen, which scores higher. The scaling is that of rank b, alpha/b, as in
+    the authors' code. Otherwise all of A and B count; `truncate` leaves the first b.
+    """
+
+    is_dense: bool = True
+
+    def core(self, layer: Adapted) -> Tensor | None:
+        """In training b ones, then zeros, times s(b)/s(r)."""
+        b = layer.training_rank
+        if b is None:
+            return None
+        rank = torch.arange(layer.r, device=layer.device)
+        return (rank < b) * (layer.scaling_at(b) / layer.scaling_at(layer.r))
+
+
 class DoRA:
     r"""Learns a length per output row besides the low-rank direction.
 
@@ -109,11 +202,18 @@ class DoRA:
 
     parameters: tuple[str, ...] = ("magnitude",)
     frozen: tuple[str, ...] = ()
+    is_shared: bool = False
+    is_dense: bool = True
+    is_linear: bool = False
 
     def prepare(self, layer: Adapted) -> None:
         """Adds `magnitude`, the row lengths of W: at B = 0 the factor is 1."""
         lengths = _row_lengths(layer.matrix.detach().float())
         layer.register_parameter("magnitude", nn.Parameter(lengths))
+
+    def core(self, layer: Adapted) -> Tensor | None:
+        """Ones."""
+        return None
 
     def combine(self, layer: Adapted, base: Tensor, update: Tensor) -> Tensor:
         """Rows of base + update scaled to their learnt lengths, except the bias."""
@@ -139,5 +239,45 @@ def _row_lengths(weight: Tensor) -> Tensor:
     return lengths.where(lengths > 0, 1.0)
 
 
-VARIANTS: dict[str, Variant] = {"lora": Lora(), "dora": DoRA(), "lora_fa": LoraFA()}
+class VeRA:
+    r"""Trains two vectors a layer; A and B are random, frozen, and the same in all layers.
+
+    Computes W' = W + Λb B Λd A (Kopiczko et al. 2023, arXiv:2310.11454, eq. 2). There is no scaling, as the vectors
+    learn it. Layers of different sizes use the first columns of A and rows of B, as many as they need.
+
+    Shapes: A (r, widest in), B (widest out, r), `lambda_d` (r,), `lambda_b` (out,).
+    """
+
+    parameters: tuple[str, ...] = ("lambda_d", "lambda_b")
+    frozen: tuple[str, ...] = ("A", "B")
+    is_shared: bool = True
+    is_dense: bool = True
+    is_linear: bool = True
+
+    def prepare(self, layer: Adapted) -> None:
+        """Adds `lambda_d` of 0.1, the paper's start (section 3.2), and `lambda_b` of 0: nothing changes."""
+        layer.register_parameter("lambda_d", nn.Parameter(torch.full((layer.r,), 0.1, device=layer.device)))
+        layer.register_parameter("lambda_b", nn.Parameter(torch.zeros(layer.out_features, device=layer.device)))
+
+    def core(self, layer: Adapted) -> Tensor | None:
+        """Λd."""
+        return layer.get_parameter("lambda_d")
+
+    def combine(self, layer: Adapted, base: Tensor, update: Tensor) -> Tensor:
+        """base + Λb update."""
+        return base + layer.get_parameter("lambda_b").to(update.dtype) * update
+
+    def merged_weight(self, layer: Adapted) -> Tensor:
+        """W + Λb B Λd A."""
+        return layer.matrix.float() + layer.get_parameter("lambda_b")[:, None] * layer.delta_matrix()
+
+
+VARIANTS: dict[str, Variant] = {
+    "lora": Lora(),
+    "dora": DoRA(),
+    "lora_fa": LoraFA(),
+    "vera": VeRA(),
+    "dylora": DyLoRA(),
+    "adalora": AdaLoRA(),
+}
 """Name in `lora.variant` → the variant."""

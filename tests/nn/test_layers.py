@@ -19,12 +19,15 @@ from lora_cli.nn.kinds import KINDS, kind_of
 from lora_cli.nn.layers import LoraEmbedding, LoraLayer, LoraLinear, generator_for
 from lora_cli.nn.targets import FULL
 from lora_cli.nn.variants import SCALINGS, VARIANTS
+from lora_cli.nn.vera import draw_pair
 from lora_cli.spec import SCALINGS as SCALING_NAMES
 from lora_cli.spec import VARIANTS as VARIANT_NAMES
 
 from .models import trained
 
 NUM_IN, NUM_OUT = 12, 9
+ANY_LAYER = tuple(name for name, variant in VARIANTS.items() if not variant.is_linear)
+"""Variants that are not for linear layers only."""
 
 
 class Scaled(nn.Embedding):
@@ -65,8 +68,8 @@ class Case:
 CASES = {
     "Linear": Case(lambda bias: nn.Linear(NUM_IN, NUM_OUT, bias=bias), biases=(True, False)),
     "Conv1D": Case(conv1d),
-    "Embedding": Case(lambda bias: nn.Embedding(NUM_IN, NUM_OUT, padding_idx=1), biases=(False,)),
-    "scaled Embedding": Case(lambda bias: Scaled(NUM_IN, NUM_OUT), biases=(False,)),
+    "Embedding": Case(lambda bias: nn.Embedding(NUM_IN, NUM_OUT, padding_idx=1), biases=(False,), variants=ANY_LAYER),
+    "scaled Embedding": Case(lambda bias: Scaled(NUM_IN, NUM_OUT), biases=(False,), variants=ANY_LAYER),
     "parts of a Linear": Case(
         lambda bias: nn.Linear(NUM_IN, NUM_OUT, bias=bias), lambda: blocks(0, 2), (True, False), ("lora",)
     ),
@@ -94,6 +97,8 @@ def build(
     kind = kind_of(base)
     assert kind is not None
     settings = {"r": 4, "alpha": 6.0, "generator": generator_for(0, "layer"), "placement": case.placement()} | options
+    if options.get("variant") == "vera":
+        settings["shared"] = draw_pair(4, NUM_OUT + 2, NUM_IN + 1, seed=0)
     layer = kind(base, **settings)
     return trained(layer) if move else layer  # type: ignore[return-value]
 
@@ -108,6 +113,10 @@ def inputs_of(layer: LoraLayer, dtype: torch.dtype = torch.float32) -> torch.Ten
 def effective(layer: LoraLayer) -> torch.Tensor:
     """The papers' formulas on plain matrices (out, in); with parts, row by row."""
     weight = layer.base_layer.weight if isinstance(layer, LoraLinear) else layer.base_layer.weight.T
+    if layer.variant == "vera":
+        return weight + layer.lambda_b.diag() @ layer.B[:NUM_OUT] @ layer.lambda_d.diag() @ layer.A[:, :NUM_IN]
+    if layer.variant == "adalora":
+        return weight + layer.scaling * layer.B @ layer.E.diag() @ layer.A
     if layer.placement is None:
         update = weight + layer.scaling * torch.einsum("or,ri->oi", layer.B, layer.A)
     else:
@@ -116,7 +125,7 @@ def effective(layer: LoraLayer) -> torch.Tensor:
             first = layer.r * int(layer.placement.part[number])
             rows[row] = rows[row] + layer.scaling * layer.B[number] @ layer.A[first : first + layer.r]
         update = torch.stack(rows)
-    if layer.variant == "lora":
+    if layer.variant in ("lora", "dylora"):
         return update
     lengths = torch.stack([row.norm() for row in update.detach()])
     return torch.diag(layer.magnitude / lengths) @ update
@@ -144,7 +153,7 @@ def test_new_layer_computes_what_its_base_does(case: Case, bias: bool, variant: 
     layer = build(bias, dtype, case, move=False, variant=variant)
     x = inputs_of(layer, dtype)
     # DoRA divides by a length and multiplies by it again, which is the identity only up to rounding.
-    rounding = 0 if variant == "lora" else 4 * torch.finfo(dtype).eps
+    rounding = 4 * torch.finfo(dtype).eps if variant == "dora" else 0
     torch.testing.assert_close(layer(x), layer.base_layer(x), rtol=rounding, atol=rounding)
 
 
@@ -196,7 +205,7 @@ def test_output_and_gradients_equal_the_dense_formulation(case: Case, bias: bool
     references = torch.autograd.grad(functional.mse_loss(expected, target.expand_as(expected)), inputs)
     for mine, reference in zip(gradients, references, strict=True):
         torch.testing.assert_close(mine, reference)
-    assert {"A", "B"} <= set(names)
+    assert {"A", "B"} - {*VARIANTS[variant].frozen} <= set(names)
 
 
 @pytest.mark.parametrize(("case", "bias", "variant"), PRODUCT)
