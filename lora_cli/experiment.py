@@ -5,7 +5,6 @@ Knows the task, the model and the engine; not Hydra, nor which files a run folde
 
 from __future__ import annotations
 
-import inspect
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from lora_cli.engine.checkpoint import Checkpoint, Progress
 from lora_cli.engine.device import Device, open_device
 from lora_cli.engine.evaluate import evaluate, forward, predict, rehearse
 from lora_cli.engine.generate import generate
-from lora_cli.engine.selfcheck import check_same_logits, same_logits
+from lora_cli.engine.selfcheck import check_same_logits
 from lora_cli.engine.train import Objective, Outcome, Recorder, train
 from lora_cli.errors import ConfigError
 from lora_cli.models import BaseModel, load_base, save_config
@@ -40,7 +39,7 @@ from lora_cli.nn import (
 )
 from lora_cli.spec import LOSS_DOWNWARDS, TEXT_METRICS, TrainRun
 from lora_cli.tasks import Encoded, EncodedTexts, Rows, Scorer, Task, TextScorer, TextTask
-from lora_cli.tasks.sequences import learnt
+from lora_cli.unpadded import remove_padding
 
 __all__ = ["Experiment", "score_split"]
 
@@ -83,8 +82,9 @@ class Experiment:
         )
         base.model.to(device.device)
         data = {split: task.encode(found, base) for split, found in rows.items()}
-        if spec.train.packing:
-            _check_packing(task, base, data["train"], device)
+        is_packed = spec.train.packing is not False and _remove_padding(task, base, data["train"], device)
+        if spec.train.packing and not is_packed:
+            raise ConfigError("train.packing", "true", f"not with {base.family}, whose attention needs padded texts")
         before = _logits(task, base, data["train"], device)
         injection = inject(
             base.model,
@@ -154,7 +154,6 @@ class Experiment:
             trained=lambda: trainable_state(model),
             score=lambda: self.score("validation", answers=metric in TEXT_METRICS).result(),
             objective=Objective(metric, greater_is_better=metric not in LOSS_DOWNWARDS),
-            packing=spec.packing,
             device=self.device,
             recorder=recorder,
             data_seed=self.spec.seed_for("data"),
@@ -248,6 +247,7 @@ class Experiment:
                 "total": injection.num_total,
             },
             "eval_batch_size": self.spec.train.eval_batch_size,
+            "packing": self.spec.train.packing is not False,
             "init_seed": self.spec.seed_for("init"),
             "data_seed": self.spec.seed_for("data"),
             "device": str(self.device),
@@ -305,32 +305,25 @@ def score_split(
     return scorer
 
 
-def _check_packing(task: Task, base: BaseModel, data: Encoded, device: Device) -> None:
-    """Refuse packing where a model would see the neighbours of a text or miscount its positions.
+def _remove_padding(task: Task, base: BaseModel, data: Encoded, device: Device) -> bool:
+    """Make the model compute no padding, if its family allows it.
 
     Raises:
-        ConfigError: texts laid end to end get other logits than each by itself.
+        TrainingFailure: it computes something else then.
     """
-    refusal = ConfigError("train.packing", "true", f"not with {base.family}, which mixes texts that share a row")
-    if "position_ids" not in inspect.signature(base.model.forward).parameters:
-        raise refusal
-    # transformers takes a pad token at the end of a row for a forgotten mask, and prints advice.
-    base.model.config.pad_token_id = None
     by_length = sorted(data.examples, key=lambda example: example.num_tokens)
-    pair = by_length[1::-1]
-    width = sum(example.num_tokens for example in pair)
-    longer = next((example for example in by_length[2:] if example.num_tokens >= width), None)
-    if longer is None:
-        return  # No two of them fit into the row of a third.
-    # In the order that packing lays them in, so that targets stand in the same one.
-    examples = [longer, *pair]
-    found = []
-    for collate in (task.collate, task.collate_packed):
-        batch = device.move(collate(examples))
+    batch = device.move(task.collate([by_length[min(_CHECKED, len(by_length) - 1)], *by_length[:2]]))
+
+    def logits() -> torch.Tensor:
         with torch.inference_mode(), device.autocast():
-            found.append(learnt(forward(base.model, batch), batch)[0])
-    if not same_logits(*found, tolerance=1e-4 if device.precision == "fp32" else 2e-2):
-        raise refusal
+            return task.decisions(forward(base.model, batch), batch)
+
+    padded = logits()
+    if not remove_padding(base.model):
+        return False
+    promise = "texts laid end to end must give the logits of padded ones"
+    check_same_logits(promise, padded, logits(), tolerance=1e-4 if device.precision == "fp32" else 2e-2)
+    return True
 
 
 def _libraries(base: BaseModel) -> tuple[str, ...]:

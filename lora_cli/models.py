@@ -18,7 +18,6 @@ from lora_cli.reader import class_for, decoder_start, load_config, random_config
 from lora_cli.sources import check_checkpoint, find_source
 from lora_cli.spec import ModelSpec
 from lora_cli.tokenizer import add_tokens, explained, load_tokenizer, quiet
-from lora_cli.unpadded import remove_padding
 
 if TYPE_CHECKING:
     import torch
@@ -82,8 +81,6 @@ def load_base(
     they were, and nothing is printed. `dtype` None: fp32. `device` is where layers are quantised, and stay; the rest of
     the model is on the CPU.
 
-    A model of a family that allows it computes no padding (see `unpadded`).
-
     Raises:
         ModelError: the checkpoint is missing, damaged, not trusted, or not made for this.
         UnknownName: model.family or a key of model.random is none.
@@ -117,7 +114,6 @@ def load_base(
     model.config.pad_token_id = tokenizer.pad_token_id
     # Nothing is generated in training, and a cache would hold every layer's keys and values.
     model.config.use_cache = False
-    remove_padding(model)
     max_length = _num_positions(model, tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
     return BaseModel(

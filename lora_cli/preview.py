@@ -116,10 +116,9 @@ def labels_view(audit: Audit, width: int) -> Table | None:
 def padding_view(audit: Audit) -> Table:
     """What share of the computed positions is padding, by how batches are made."""
     padding = audit.padding
-    options = {f"train.length_window={padding.window}": padding.planned, "train.length_window=1": padding.shuffled}
-    if padding.packed is not None:
-        options["train.packing=true"] = padding.packed
-    chosen = "train.packing=true" if padding.packing else next(iter(options))
+    options = {"train.packing": 0.0} if padding.is_packed else {}
+    options |= {f"train.length_window={padding.window}": padding.planned, "train.length_window=1": padding.shuffled}
+    chosen = next(iter(options))
     table = _table(f"padding in batches of {padding.batch_size}", "", "")
     for name, share in options.items():
         mark = "  [dim](this training)[/]" if name == chosen else ""

@@ -16,6 +16,7 @@ from lora_cli.runs.registry import find_run, is_bare_adapter
 from lora_cli.spec import QUANTIZATIONS, ChatRun, ClassificationSpec, EvalRun, InferRun, MergeRun, ModelSpec, TaskSpec
 from lora_cli.tasks import Task, build_task
 from lora_cli.tokenizer import load_tokenizer
+from lora_cli.unpadded import remove_padding
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +80,9 @@ def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun) -> Saved:
     if isinstance(spec, EvalRun | MergeRun) and spec.lora.r is not None:
         truncate(base.model, injection, spec.lora.r)
     base.model.eval()
+    # As the run did, so that its figures come out to the last digit.
+    if facts.get("packing", True):
+        remove_padding(base.model)
     saved_tokenizer = None if folder is None else folder.tokenizer
     tokenizer = load_tokenizer(saved_tokenizer) if saved_tokenizer and saved_tokenizer.is_dir() else base.tokenizer
     asked = spec.batch_size if isinstance(spec, EvalRun | InferRun) else None

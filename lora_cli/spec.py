@@ -527,8 +527,9 @@ class TrainSpec:
     """Forward passes per optimizer step; the loss is averaged over all of their targets."""
     eval_batch_size: int = 64
     """Examples per forward pass when scoring."""
-    packing: bool = False
-    """Lay the texts of a batch end to end instead of padding them; none sees another (decoders only)."""
+    packing: bool | None = None
+    """Compute no padding: the texts of a batch run end to end, and none sees another. None: where the model's family
+    allows it; true: refuse one that does not; false: pad."""
     length_window: int = 32
     """Batches among which shuffled examples are sorted by length, to save padding; 1: none."""
     lr: float = 5e-4
@@ -648,7 +649,6 @@ class TrainRun:
         _one_of("resume", self.resume, ("never", "auto"), "mode")
         if self.train.metric is not None:
             _one_of("train.metric", self.train.metric, [*self.task.metrics, "loss"], "metric of the task")
-        _check_packing(self.task, self.train)
         if self.lora.variant == "full" and self.model.quantization != "none":
             raise ConfigError("model.quantization", self.model.quantization, "none where everything trains (lora=full)")
         if self.lora.variant == "adalora" and (self.train.restore_best or self.train.patience):
@@ -930,7 +930,6 @@ class DataRun:
     def __post_init__(self) -> None:
         _at_least("examples", self.examples, 0)
         _seed("seed", self.seed)
-        _check_packing(self.task, self.train)
 
     @property
     def data_seed(self) -> int:
@@ -986,7 +985,6 @@ class CompareRun:
     """The machine."""
 
     def __post_init__(self) -> None:
-        _check_packing(self.task, self.train)
         metric = next(iter(self.task.metrics), "")
         if self.compare.target is not None and metric in TEXT_METRICS and self.train.metric not in TEXT_METRICS:
             needed = f"needs train.metric={metric}, without which nothing is written before the end"
@@ -1029,11 +1027,6 @@ def nested_specs(root: type) -> list[tuple[str, list[type]]]:
         kinds = list(TASK_KINDS.values()) if each.name == "task" and schemas else schemas
         found.append((each.name, typing.cast("list[type]", kinds)))
     return found
-
-
-def _check_packing(task: TaskSpec, train: TrainSpec) -> None:
-    if train.packing and not isinstance(task, TextSpec):
-        raise ConfigError("train.packing", "true", "only where text is generated")
 
 
 def _one_of(key: str, value: str, options: Iterable[str], what: str) -> None:

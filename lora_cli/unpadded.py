@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["remove_padding", "takes_labels"]
+__all__ = ["can_remove_padding", "remove_padding", "takes_labels"]
 
 _ENCODING, _DECODING = "lora_unpadded", "lora_unpadded_causal"
 """Names of the attention functions in transformers' registry."""
@@ -36,7 +36,7 @@ class _Anatomy:
 
 
 _BERT = _Anatomy("encoder", "encoder.layer.{last}.attention.output")
-_FAMILIES = {
+_ENCODERS = {
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
@@ -65,20 +65,19 @@ def remove_padding(model: PreTrainedModel) -> bool:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    family, is_head = model.config.model_type, model.get_output_embeddings() is None
-    anatomy = _FAMILIES.get(family) if is_head else None
-    decodes = family in _DECODERS and not is_head
-    if model.config._attn_implementation != "sdpa" or not (anatomy or decodes):
+    family, decodes = model.config.model_type, model.get_output_embeddings() is not None
+    if model.config._attn_implementation != "sdpa" or not can_remove_padding(family, writes=decodes):
         return False
     name = _DECODING if decodes else _ENCODING
     AttentionInterface.register(name, partial(attend, causal=decodes))
     AttentionMaskInterface.register(name, sdpa_mask)
     model.config._attn_implementation = name
-    if anatomy is None:
+    if decodes:
         decoder = _Decoder()
         model.register_forward_pre_hook(decoder.lay_end_to_end, with_kwargs=True)
         model.register_forward_hook(decoder.unwrap)
         return True
+    anatomy = _ENCODERS[family]
     encoder = _Encoder(model, anatomy)
     model.register_forward_pre_hook(encoder.lay_end_to_end, with_kwargs=True)
     if anatomy.narrow is not None:
@@ -86,6 +85,11 @@ def remove_padding(model: PreTrainedModel) -> bool:
         model.base_model.get_submodule(name).register_forward_pre_hook(encoder.narrow)
     model.base_model.get_submodule(anatomy.encoder).register_forward_hook(encoder.pick)
     return True
+
+
+def can_remove_padding(family: str, *, writes: bool) -> bool:
+    """Whether `remove_padding` knows a model_type, as a model that writes or as one with a head for texts."""
+    return family in (_DECODERS if writes else _ENCODERS)
 
 
 def takes_labels(model: torch.nn.Module) -> bool:

@@ -8,13 +8,15 @@ import logging
 import pytest
 import torch
 
+from lora_cli import row_attention
 from lora_cli.engine.device import open_device
 from lora_cli.engine.train import Objective, train
-from lora_cli.errors import ConfigError
+from lora_cli.errors import ConfigError, TrainingFailure
 from lora_cli.experiment import Experiment
 from lora_cli.nn import parameter_groups, trainable_state
 from lora_cli.spec import DataSpec, DeviceSpec, GenerationSpec, LoraSpec, ModelSpec, TrainRun, TrainSpec
 from lora_cli.tasks import build_task, load_splits
+from lora_cli.unpadded import takes_labels
 from nn.models import LM_CONFIGS
 
 DATA = DataSpec(embedded="support_intents", train_limit=48, validation_limit=4)
@@ -72,7 +74,6 @@ def after_a_step(experiment: Experiment, **settings: object) -> dict[str, torch.
         recorder=Silent(),
         data_seed=0,
         dropout_seed=0,
-        packing=spec.packing,
     )
     return {name: tensor.clone() for name, tensor in trainable_state(model).items()}
 
@@ -89,21 +90,28 @@ def test_four_accumulated_batches_are_one_big_batch(family: str) -> None:
 
 
 def test_a_packed_step_is_the_padded_one() -> None:
-    experiment = build("llama", packing=True)
-    padded, packed = after_a_step(experiment, batch_size=48), after_a_step(experiment, batch_size=48, packing=True)
+    padded, packed = (after_a_step(build("llama", packing=packing), batch_size=48) for packing in (False, True))
     for name in padded:
         torch.testing.assert_close(packed[name], padded[name], rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("family", ["bloom", "falcon", "opt", "t5", "bart"])
-def test_models_that_mix_packed_texts_are_refused_by_name(family: str) -> None:
+def test_a_model_that_sees_its_neighbours_when_packed_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_attention, "_GROUPS", 1)
+    monkeypatch.setattr(row_attention, "_visible", lambda group, window, **_: None)
+    with pytest.raises(TrainingFailure, match="laid end to end must give the logits of padded ones"):
+        build("llama")
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "gemma2", "t5", "bart"])
+def test_models_that_cannot_be_packed_are_refused_by_name_or_padded(family: str) -> None:
     with pytest.raises(
-        ConfigError, match=rf"^train\.packing=true: not with {family}, which mixes texts that share a row$"
+        ConfigError, match=rf"^train\.packing=true: not with {family}, whose attention needs padded texts$"
     ):
         build(family, packing=True)
+    assert not takes_labels(build(family).base.model)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gpt_neo", "phi", "qwen2", "gemma", "gemma2", "mistral"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi", "qwen2", "gemma", "mistral"])
 def test_models_that_keep_them_apart_are_not_and_nobody_gives_advice(family: str) -> None:
     logger = logging.getLogger("transformers")
     handler, level, said = logging.Handler(), logger.level, []
@@ -112,7 +120,7 @@ def test_models_that_keep_them_apart_are_not_and_nobody_gives_advice(family: str
     logger.setLevel(logging.WARNING)
     try:
         experiment = build(family, packing=True)
-        after_a_step(experiment, batch_size=48, packing=True)
+        after_a_step(experiment, batch_size=48)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)

@@ -133,7 +133,6 @@ def test_the_edge_of_a_range_belongs_to_it(cls, name, value) -> None:
         (LoraSpec, {"init": "orthogonal", "r": 5}, ["lora.r", "lora.init=orthogonal"]),
         (DeviceSpec, {"name": "cpu", "precision": "fp16"}, ["device.precision", "device.name"]),
         (TrainRun, {"task": ClassificationSpec(), "train": TrainSpec(metric="f1")}, ["train.metric"]),
-        (TrainRun, {"task": ClassificationSpec(), "train": TrainSpec(packing=True)}, ["train.packing"]),
         (DecodeSpec, {"temperature": 0.5}, ["task.decode.sample", "temperature"]),
         (DecodeSpec, {"sample": True, "num_beams": 2}, ["task.decode.num_beams", "task.decode.sample"]),
         (InferRun, {"run": "x"}, ["text", "prompt", "input"]),

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from lora_cli.models import load_base
 from lora_cli.reader import random_config
 from lora_cli.spec import ModelSpec
 from lora_cli.tasks.sequences import IGNORED, learnt
@@ -135,11 +134,10 @@ def test_a_family_with_an_attention_of_its_own_is_left_alone() -> None:
     assert not model._forward_pre_hooks
 
 
-def test_a_classifier_is_loaded_so() -> None:
-    spec = ModelSpec(**yaml.safe_load((CONF / "tiny-bert.yaml").read_text()))
-    base = load_base(spec, num_outputs=2, labels=None, problem="classification", seed=0)
-    assert len(base.model._forward_pre_hooks) == 1
-    assert "attn_implementation" not in str(base.model.config.to_dict())
+def test_the_config_that_is_saved_knows_nothing_of_it() -> None:
+    model = build("tiny-bert")
+    assert remove_padding(model)
+    assert "unpadded" not in str(model.config.to_dict())
 
 
 DECODERS = ("gemma", "gpt2", "gpt_neox", "llama", "mixtral", "opt", "phi", "qwen3", "qwen3_moe")

@@ -20,13 +20,12 @@ from lora_cli.spec import DataRun, TrainSpec
 from lora_cli.tasks import Encoded, EncodedTexts, Rows, Task, TextTask, build_task, load_rows
 from lora_cli.tasks.audit import Audit, Padding, audit_splits, padding_share
 from lora_cli.tasks.concerns import concerns
+from lora_cli.unpadded import can_remove_padding
 
 __all__ = ["run"]
 
 _ENDLESS = 10**8
 """Tokens that no text has."""
-_PACKED = 64
-"""Batches that are laid out to see what packing saves."""
 
 
 def run(spec: DataRun, *, directory: Path | None = None, overrides: Sequence[str] = ()) -> None:
@@ -93,14 +92,15 @@ def _audit(
         # GPT-2 says that its end mark stands for unknown text too, which a vocabulary of bytes never meets.
         unknown=None if tokenizer.unk_token_id in ends else tokenizer.unk_token_id,
     )
-    packs = task if isinstance(task, TextTask) and reader.decoder_start is None else None
+    writes = isinstance(task, TextTask)
+    is_packed = spec.train.packing is not False and can_remove_padding(reader.family, writes=writes)
     return Audit(
         task=task.spec.name,
         model=reader.base_name,
         positions=positions,
         bins=bins,
         splits=splits,
-        padding=_padding(packs, encoded["train"].examples, spec.train, spec.data_seed),
+        padding=_padding(is_packed, encoded["train"].examples, spec.train, spec.data_seed),
     )
 
 
@@ -124,27 +124,19 @@ def _is_cut(found: Encoded) -> bool:
     return bool(found.num_truncated or (isinstance(found, EncodedTexts) and found.num_cut_targets))
 
 
-def _padding(task: TextTask[Any] | None, examples: Sequence[Any], spec: TrainSpec, seed: int) -> Padding:
-    """What the training's own batches are filled with; `task` packs them, if it is one that can be packed."""
+def _padding(is_packed: bool, examples: Sequence[Any], spec: TrainSpec, seed: int) -> Padding:
+    """What the training's own batches are filled with."""
     lengths = [example.num_tokens for example in examples]
 
     def batches(window: int) -> list[list[int]]:
         return BatchPlan(lengths, spec.batch_size, spec.accumulation, window, seed).batches(0)
 
-    planned = batches(spec.length_window)
-    packed = None
-    if task is not None:
-        drawn = planned[:_PACKED]
-        laid = [task.collate_packed([examples[number] for number in batch])["input_ids"] for batch in drawn]
-        filled = sum(lengths[number] for batch in drawn for number in batch)
-        packed = 1 - filled / sum(ids.numel() for ids in laid)
     return Padding(
         batch_size=spec.batch_size,
         window=spec.length_window,
-        packing=spec.packing,
-        planned=padding_share(examples, planned),
+        is_packed=is_packed,
+        planned=padding_share(examples, batches(spec.length_window)),
         shuffled=padding_share(examples, batches(1)),
-        packed=packed,
     )
 
 

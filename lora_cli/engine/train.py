@@ -92,7 +92,6 @@ def train(
     recorder: Recorder,
     data_seed: int,
     dropout_seed: int,
-    packing: bool = False,
     resume: Checkpoint | None = None,
     method: Method | None = None,
 ) -> Outcome:
@@ -100,7 +99,7 @@ def train(
 
     `groups` are the optimizer's parameter groups, `trained` returns copies of the tensors that a checkpoint holds,
     `score` the metrics of the validation split. With `resume` (whose tensors are already in the model) the remaining
-    steps are exactly those of an uninterrupted training. With `packing` a batch has the same examples, laid end to end.
+    steps are exactly those of an uninterrupted training.
 
     Raises:
         TrainingFailure: a loss or gradient is not finite, or a self-check fails.
@@ -121,12 +120,11 @@ def train(
     # Before the warm-up ends, steps can be too small to change a float.
     watch_until = min(total, max(2, math.ceil(total * spec.warmup) + 1))
     skipped = 0
-    collate = task.collate_packed if packing else task.collate
 
     for step, window in plan.steps(progress.step, total if not progress.stopped_early else progress.step):
         started = time.perf_counter()
         lr = set_rate(optimizer, rate(step, total, spec))
-        batches = [collate([examples[number] for number in numbers]) for numbers in window]
+        batches = [task.collate([examples[number] for number in numbers]) for numbers in window]
         targets = sum(task.num_targets(batch) for batch in batches)
         model.train()
         loss_sum = torch.zeros((), device=device.device)

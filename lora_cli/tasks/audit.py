@@ -79,17 +79,16 @@ class SplitAudit:
 
 @dataclass(frozen=True, kw_only=True)
 class Padding:
-    """Shares of all computed positions that are padding, in the first epoch of the training."""
+    """Shares of a padded batch's positions that are padding, in the first epoch of the training."""
 
     batch_size: int
     window: int
-    packing: bool
+    is_packed: bool
+    """Whether the training computes none of it: see train.packing."""
     planned: float
     """As train.length_window has it."""
     shuffled: float
     """With train.length_window=1."""
-    packed: float | None
-    """With train.packing=true; None: not for this task or model."""
 
 
 @dataclass(frozen=True, kw_only=True)

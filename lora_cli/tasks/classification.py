@@ -79,10 +79,6 @@ class Classification:
         """Columns by which a row is a repeat of another: those of text."""
         return self.columns
 
-    def collate_packed(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """Refused by the spec (train.packing): a head reads one token of each row."""
-        raise NotImplementedError
-
     def fit_labels(self, rows: Rows) -> None:
         """Take the labels from the training rows, unless they are known; check that there is something to learn.
 

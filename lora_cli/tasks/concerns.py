@@ -76,12 +76,10 @@ def _of_labels(audit: Audit) -> Iterator[str]:
 
 
 def _of_padding(padding: Padding) -> Iterator[str]:
-    if padding.packing or padding.planned < _WASTED:
+    if padding.is_packed or padding.planned < _WASTED:
         return
     said = f"{_percent(padding.planned)} of what the training computes is padding"
-    if padding.packed is not None and padding.packed < padding.planned / 2:
-        yield f"{said}: train.packing=true makes it {_percent(padding.packed)}"
-    elif padding.window == 1:
+    if padding.window == 1:
         yield f"{said}: train.length_window=32 sorts batches by length"
     else:
         yield f"{said}: a larger train.length_window or a smaller train.batch_size pads less"

@@ -18,7 +18,6 @@ from lora_cli.tasks.sequences import (
     TextExample,
     Writer,
     collate,
-    collate_packed,
     learnt,
 )
 from lora_cli.tasks.text_scoring import TextScorer
@@ -76,10 +75,6 @@ class TextTask(Generic[SpecT]):
     def collate(self, examples: Sequence[TextExample]) -> dict[str, torch.Tensor]:
         """One batch, padded on the right; see `sequences.collate`."""
         return collate(examples, self._pad)
-
-    def collate_packed(self, examples: Sequence[TextExample]) -> dict[str, torch.Tensor]:
-        """One batch laid end to end; see `sequences.collate_packed`."""
-        return collate_packed(examples, self._pad)
 
     def num_targets(self, batch: Mapping[str, torch.Tensor]) -> int:
         """Tokens to predict in a batch, by which its summed loss is to be divided."""

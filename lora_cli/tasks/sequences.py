@@ -14,7 +14,7 @@ from lora_cli.tasks.prompts import Prompt
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["IGNORED", "EncodedTexts", "Query", "TextExample", "Writer", "collate", "collate_packed", "learnt"]
+__all__ = ["IGNORED", "EncodedTexts", "Query", "TextExample", "Writer", "collate", "learnt"]
 
 IGNORED = -100
 """Label of a position that is not learnt. Positions are masked by place: a pad or end mark inside a text is a token."""
@@ -208,38 +208,6 @@ def collate(examples: Sequence[TextExample], pad: int) -> dict[str, torch.Tensor
         start = examples[0].decoder_start
         batch["decoder_input_ids"] = padded([[start, *ids[:-1]] for ids in labels], pad)
     return batch
-
-
-def collate_packed(examples: Sequence[TextExample], pad: int) -> dict[str, torch.Tensor]:
-    """The same examples laid end to end in as few rows as the longest one allows; of decoders only.
-
-    Shapes: input_ids, labels, position_ids (rows, longest row). Positions start again at 0 with every example (and
-    with the padding), from which transformers makes a block-diagonal mask when it is given no attention_mask and
-    keeps no cache.
-    """
-    import torch
-
-    ordered = sorted(examples, key=lambda example: -len(example.input_ids))
-    width = len(ordered[0].input_ids)
-    rows: list[list[TextExample]] = []
-    for example in ordered:
-        fits = (row for row in rows if sum(len(e.input_ids) for e in row) + len(example.input_ids) <= width)
-        row = next(fits, None)
-        if row is None:
-            rows.append(row := [])
-        row.append(example)
-    ids, labels, positions = [], [], []
-    for row in rows:
-        gap = width - sum(len(example.input_ids) for example in row)
-        ids.append([token for example in row for token in example.input_ids] + [pad] * gap)
-        # No example predicts the first token of the next one.
-        labels.append([x for e in row for x in [IGNORED, *e.labels[1:]]] + [IGNORED] * gap)
-        positions.append([place for example in row for place in range(len(example.input_ids))] + list(range(gap)))
-    return {
-        "input_ids": torch.tensor(ids),
-        "labels": torch.tensor(labels),
-        "position_ids": torch.tensor(positions),
-    }
 
 
 def learnt(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,7 @@ CLASSES = ClassificationSpec(name="films", labels=["bad", "good"], max_length=8)
 WRITING = GenerationSpec(
     name="names", prompt="{a}: ", target="{b}", max_length=12, max_target_length=6, decode=DecodeSpec(max_new_tokens=5)
 )
-PADDING = Padding(batch_size=2, window=32, packing=False, planned=0.0, shuffled=0.0, packed=None)
+PADDING = Padding(batch_size=2, window=32, is_packed=False, planned=0.0, shuffled=0.0)
 
 
 def labelled(*pairs: tuple[str, int]) -> Rows:
@@ -195,10 +195,9 @@ def test_a_cut_comes_with_the_length_that_would_do(films: Audit) -> None:
 @pytest.mark.parametrize(
     ("padding", "hint"),
     [
-        ({"packed": 0.01}, "train.packing=true makes it 1 %"),
         ({"window": 1}, "train.length_window=32 sorts batches by length"),
         ({}, "a larger train.length_window or a smaller train.batch_size pads less"),
-        ({"packing": True}, None),
+        ({"is_packed": True}, None),
         ({"planned": 0.1}, None),
     ],
 )

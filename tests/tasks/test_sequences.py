@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lora_cli.errors import ConfigError, ModelError
 from lora_cli.tasks.prompts import Prompt, Template
-from lora_cli.tasks.sequences import IGNORED, TextExample, Writer, collate, collate_packed, learnt
+from lora_cli.tasks.sequences import IGNORED, TextExample, Writer, collate, learnt
 from tasks.readers import DECODERS, READERS, Reader, reader_like
 
 ANSWER = {"task.max_target_length": 4}
@@ -193,32 +193,6 @@ def test_an_encoder_decoders_answer_is_shifted_behind_its_start() -> None:
     assert [example.num_tokens for example in examples] == [6, 3]
     assert [example.num_targets for example in examples] == [3, 1]
     assert learnt(torch.zeros(2, 3, 1), batch)[1].tolist() == [7, 8, 1, 1]
-
-
-def test_packed_examples_stand_end_to_end_and_count_for_themselves() -> None:
-    batch = collate_packed(DECODED, PAD)
-    assert batch["input_ids"].tolist() == [[5, PAD, 6, 2], [7, 2, 8, 9]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
-    assert batch["labels"].tolist() == [[IGNORED, PAD, 6, 2], [IGNORED, 2, IGNORED, 9]]
-    assert "attention_mask" not in batch
-    gap = collate_packed([DECODED[0], TextExample(1, [7, 8, 2], [7, 8, 2])], PAD)
-    assert gap["input_ids"].tolist() == [[5, PAD, 6, 2], [7, 8, 2, PAD]]
-    assert gap["position_ids"].tolist()[1] == [0, 1, 2, 0]
-    assert gap["labels"].tolist()[1] == [IGNORED, 8, 2, IGNORED]
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
-def test_packing_loses_nothing(lengths: list[int]) -> None:
-    examples = [
-        TextExample(n, [10 * n + k for k in range(size)], [IGNORED, *range(1, size)])
-        for n, size in enumerate(lengths, 1)
-    ]
-    batch = collate_packed(examples, PAD)
-    found = batch["input_ids"].flatten()[batch["input_ids"].flatten() != PAD].tolist()
-    assert sorted(found) == sorted(token for example in examples for token in example.input_ids)
-    assert batch["input_ids"].shape[1] == max(lengths)
-    assert int((batch["labels"] != IGNORED).sum()) == sum(example.num_targets for example in examples)
 
 
 @pytest.mark.parametrize("family", DECODERS)
