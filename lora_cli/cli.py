@@ -143,7 +143,8 @@ def _saved_groups(verb: str, words: Sequence[str]) -> Mapping[str, Mapping[str, 
     from lora_cli.runs.registry import find_run
 
     named, folder = value_of("run", words), value_of("model.path", words)
-    if verb not in _RUN_VERBS or not named:
+    whole = verb in _RUN_VERBS or (verb == "export" and value_of("target", words) == "onnx")
+    if not whole or not named:
         return {}
     if "," in named and {"-m", "--multirun"} & set(words) and not Path(named).exists():
         raise UserError(f"run={named}: one run at a time; -m sweeps over the other keys")

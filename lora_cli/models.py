@@ -72,6 +72,7 @@ def load_base(
     seed: int,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
+    keep_padding: bool = False,
 ) -> BaseModel:
     """The model of `spec` with a head of `num_outputs` for "classification" or "regression", or, for "generation", as
     it is: a decoder or an encoder-decoder that writes.
@@ -82,7 +83,7 @@ def load_base(
     they were, and nothing is printed. `dtype` None: fp32. `device` is where layers are quantised, and stay; the rest of
     the model is on the CPU.
 
-    A model of a family that allows it computes no padding (see `unpadded`).
+    A model of a family that allows it computes no padding (see `unpadded`), unless `keep_padding`.
 
     Raises:
         ModelError: the checkpoint is missing, damaged, not trusted, or not made for this.
@@ -117,7 +118,8 @@ def load_base(
     model.config.pad_token_id = tokenizer.pad_token_id
     # Nothing is generated in training, and a cache would hold every layer's keys and values.
     model.config.use_cache = False
-    remove_padding(model)
+    if not keep_padding:
+        remove_padding(model)
     max_length = _num_positions(model, tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
     return BaseModel(

@@ -14,7 +14,7 @@ from lora_cli.nn import load_adapter, read_adapter
 from lora_cli.runs.directory import RunDirectory
 from lora_cli.runs.registry import find_run, is_bare_adapter
 from lora_cli.spec import QUANTIZATIONS, ChatRun, ClassificationSpec, EvalRun, InferRun, MergeRun, ModelSpec, TaskSpec
-from lora_cli.tasks import Task, build_task
+from lora_cli.tasks import Task, build_task, load_rows
 from lora_cli.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -43,9 +43,18 @@ class Saved:
     data_seed: int
     """What the run drew its validation rows with, where a data set brings none."""
 
+    def first_examples(self, number: int, split: str) -> Sequence[Any]:
+        """The first rows of a split of the task's data, encoded; none is read for 0."""
+        if not number:
+            return []
+        rows = load_rows(self.task, [split], seed=self.data_seed)[split]
+        return self.task.encode(rows.select(range(min(number, len(rows)))), self).examples
 
-def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun) -> Saved:
+
+def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun, *, keep_padding: bool = False) -> Saved:
     """Load the run that `spec` names, with the task and base model that `spec` says (the run's own by default).
+
+    With `keep_padding` the model is as transformers made it, without hooks (see `unpadded`).
 
     Raises:
         RunError: it has no finished adapter.
@@ -66,6 +75,7 @@ def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun) -> Saved:
         seed=int(facts.get("init_seed", 0)),
         dtype=device.dtype,
         device=device.device,
+        keep_padding=keep_padding,
     )
     load_adapter(
         base.model,

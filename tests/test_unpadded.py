@@ -189,3 +189,12 @@ def test_other_families_are_left_alone(family: str) -> None:
     model = tiny_lm(family)
     assert not remove_padding(model)
     assert not model._forward_pre_hooks
+
+
+def test_padding_is_kept_where_a_model_is_to_be_as_transformers_made_it() -> None:
+    spec = ModelSpec(**yaml.safe_load((CONF / "tiny-bert.yaml").read_text()))
+    options = {"num_outputs": 2, "labels": None, "problem": "classification", "seed": 0}
+    kept, removed = (load_base(spec, **options, keep_padding=keep).model for keep in (True, False))
+    assert kept.config._attn_implementation == "sdpa"
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in kept.modules())
+    assert any(module._forward_pre_hooks for module in removed.modules())

@@ -68,7 +68,7 @@ def test_loralib_gets_a_file_that_its_loader_reads(finished, call, monkeypatch, 
     ("words", "said"),
     [
         (["target=vllm", "output=new"], "modules trained whole (classifier"),
-        (["target=onnx", "output=new"], "target=onnx: no such target"),
+        (["target=onyx", "output=new"], "target=onyx: no such target. Did you mean onnx?"),
         (["target=peft", "output=train.csv"], "exists already"),
         (["target=peft"], "output: needs a value"),
     ],
