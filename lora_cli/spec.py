@@ -90,6 +90,8 @@ TEXT_METRICS = (
 )
 FORMATS = ("columns", "e2e", "webnlg", "dart")
 EXPORT_TARGETS = ("peft", "vllm", "sglang", "tgi", "lorax", "llamacpp", "loralib", "onnx")
+BASE_KEYS = {"onnx": ("task", "model", "force_base"), "llamacpp": ("model",)}
+"""Target of lora export → what it takes of the base model; no other target takes any of it."""
 IMPORT_FORMATS = ("auto", "peft", "loralib", "torchtune")
 COMBINE_METHODS = ("concat", "svd", "linear")
 CHAT_TEMPLATES = ("tokenizer", "chatml", "plain")
@@ -720,7 +722,7 @@ class ExportRun:
     task: TaskSpec | None = None
     """The task (target=onnx); the run's own unless given."""
     model: ModelSpec | None = None
-    """The base model (target=onnx); the run's own unless given."""
+    """The base model (target=onnx and llamacpp); the run's own unless given."""
     force_base: bool = False
     """Use the adapter even if the base model's fingerprint is not the one it was trained on (target=onnx)."""
 
@@ -729,8 +731,9 @@ class ExportRun:
         _at_least("rows", self.rows, 0)
         groups = {"task": self.task and self.task.name, "model": self.model and self.model.name}
         given = {key: value for key, value in {**groups, "force_base": self.force_base}.items() if value}
-        if given and self.target != "onnx":
-            raise ConfigError(*next(iter(given.items())), "only target=onnx needs the base model")
+        for key, value in given.items():
+            if key not in BASE_KEYS.get(self.target, ()):
+                raise ConfigError(key, value, f"target={self.target} does not look at it")
 
 
 @dataclass(kw_only=True)

@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from lora_cli import __version__
-from lora_cli.disk import atomic_folder
-from lora_cli.errors import ConfigError, ModelError
+from lora_cli.disk import atomic_file, atomic_folder
+from lora_cli.errors import ConfigError, ModelError, UserError
 from lora_cli.runs.directory import write_json
 from lora_cli.runs.registry import find_adapter
 from lora_cli.screen import Screen
@@ -35,10 +35,12 @@ _NEXT = {
     "sglang": "python -m sglang.launch_server --model-path {base} --lora-paths name={output}",
     "tgi": "text-generation-launcher --model-id {base} --lora-adapters name={output}",
     "lorax": "lorax-launcher --model-id {base} --adapter-source local --adapter-id {output}",
-    "llamacpp": "no .gguf is written; llama.cpp makes it: python convert_lora_to_gguf.py {output} --base FOLDER",
+    "llamacpp": "llama-cli -m MODEL.gguf --lora {output}/adapter.gguf",
     "loralib": "model.load_state_dict(torch.load('{output}/lora.pt', weights_only=True), strict=False)",
 }
 """Target → what to do with the folder."""
+_CONVERT = "python convert_lora_to_gguf.py {output} --base FOLDER"
+"""What to do where llama.cpp itself has to make the file."""
 _TOLERANCE = 1e-3
 """Largest difference of logits between onnxruntime and torch, as a share of the largest logit; rounding makes 1e-6."""
 
@@ -74,11 +76,15 @@ def run(spec: ExportRun, *, directory: Path | None = None, overrides: Sequence[s
     if spec.target == "loralib":
         verdicts = _only_loralib(verdicts)
     _write(stored, output, spec.target, changes, verdicts)
+    gguf = _write_gguf(stored, output, spec) if spec.target == "llamacpp" else ""
+    if gguf:
+        screen.fact("gguf", gguf)
     screen.show(_table(verdicts))
     screen.line(f"({NOTE})")
     rank = max((layer.r for layer in stored.layers.values()), default=0)
     base = stored.config.get("base_model_name_or_path") or "BASE"
-    screen.line(f"\n{output}\n{_NEXT[spec.target].format(output=output, base=base, rank=rank)}")
+    hint = _CONVERT if gguf else _NEXT[spec.target]
+    screen.line(f"\n{output}\n{hint.format(output=output, base=base, rank=rank)}")
 
 
 def _write(
@@ -106,6 +112,30 @@ def _write(
         torch.save(state, temporary / "lora.pt")
         write_json(temporary / "layers.json", arguments)
         write_json(temporary / "passport.json", document)
+
+
+def _write_gguf(stored: StoredAdapter, output: Path, spec: ExportRun) -> str:
+    """Write adapter.gguf into the folder, or say why not: llama.cpp's own script makes one of the folder then."""
+    from lora_cli.nn.gguf_file import FAMILIES, Heads, gguf_tensors, is_installed, save_gguf
+    from lora_cli.reader import load_reader
+
+    if spec.model is None:
+        return "no adapter.gguf: a bare adapter does not say how many heads its base has; give model=NAME"
+    if not is_installed():
+        return "no adapter.gguf: needs a package: pip install 'lora-cli[gguf]'"
+    try:
+        config = load_reader(spec.model, problem="generation").config
+        if config.model_type not in FAMILIES:
+            return f"no adapter.gguf: written for {', '.join(FAMILIES)}, not {config.model_type}"
+        heads = Heads(config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
+        tensors = gguf_tensors(stored, config.model_type, heads)
+    except UserError as error:
+        return f"no adapter.gguf: {error}"
+    # `portable` has made rank and alpha one for all.
+    alpha = {layer.scaling * layer.r for layer in stored.layers.values()}
+    with atomic_file(output / "adapter.gguf") as temporary:
+        save_gguf(temporary, tensors, family=config.model_type, alpha=alpha.pop())
+    return ""
 
 
 def _run_onnx(spec: ExportRun, output: Path) -> None:
