@@ -16,7 +16,7 @@ from typing import Any
 from lora_cli import __version__
 from lora_cli.errors import ConfigError, LoraError, UserError, nearest, printable
 from lora_cli.process import Terminated, outlive_readers, signals_and_warnings
-from lora_cli.spec import VERBS
+from lora_cli.spec import BASE_KEYS, VERBS
 from lora_cli.words import value_of
 
 __all__ = ["main"]
@@ -146,14 +146,17 @@ def _saved_groups(verb: str, words: Sequence[str]) -> Mapping[str, Mapping[str, 
     from lora_cli.runs.registry import find_run
 
     named, folder = value_of("run", words), value_of("model.path", words)
-    if verb not in _RUN_VERBS or not named:
+    wanted: Sequence[str] = SAVED_GROUPS if verb in _RUN_VERBS else ()
+    if verb == "export":
+        wanted = BASE_KEYS.get(value_of("target", words) or "", ())
+    if not wanted or not named:
         return {}
     if "," in named and {"-m", "--multirun"} & set(words) and not Path(named).exists():
         raise UserError(f"run={named}: one run at a time; -m sweeps over the other keys")
     saved = read_saved_config(find_run(named))
     if folder and not saved:
         saved = {"model": {"name": Path(folder).name}}  # a bare adapter's base model, by its folder
-    return {group: saved[group] for group in SAVED_GROUPS if group in saved}
+    return {group: saved[group] for group in SAVED_GROUPS if group in wanted and group in saved}
 
 
 def _complete(words: list[str]) -> int:

@@ -358,6 +358,9 @@ def _register_saved(saved: Mapping[str, Mapping[str, Any]]) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    for group in SAVED_GROUPS:
+        # Of an earlier command in this process.
+        ConfigStore.instance().repo.get(group, {}).pop("_run.yaml", None)
     for group, values in saved.items():
         if not isinstance(values, Mapping):
             raise RunError(f"saved config: {group}={printable(values, 40)} is no mapping of keys")

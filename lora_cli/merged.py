@@ -10,14 +10,27 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lora_cli.nn import dequantize, merge, quantized_size, remove
 from lora_cli.tokenizer import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["DTYPES", "rounded", "save_merged"]
+__all__ = ["DTYPES", "merge_all", "rounded", "save_merged"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def merge_all(model: torch.nn.Module) -> dict[str, float]:
+    """Merge every adapted layer, remove the adapter and dequantise what is quantised: `model` is a plain one then.
+
+    Returns layer → largest change of a weight.
+    """
+    changes = merge(model)
+    remove(model)
+    if quantized_size(model):
+        dequantize(model)
+    return changes
 
 
 @contextlib.contextmanager

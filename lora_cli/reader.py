@@ -40,6 +40,7 @@ class ModelReader:
     tokenizer: PreTrainedTokenizerBase
     decoder_start: int | None
     """As in `BaseModel`."""
+    config: PretrainedConfig
     family: str
     """transformers' model_type."""
     source: str
@@ -71,6 +72,7 @@ def load_reader(spec: ModelSpec, *, problem: str) -> ModelReader:
     return ModelReader(
         tokenizer=tokenizer,
         decoder_start=decoder_start(config, generation) if problem == "generation" else None,
+        config=config,
         family=config.model_type,
         source=source.text,
         base_name=source.base_name,

@@ -14,7 +14,7 @@ from lora_cli.nn import load_adapter, read_adapter, truncate
 from lora_cli.runs.directory import RunDirectory
 from lora_cli.runs.registry import find_run, is_bare_adapter
 from lora_cli.spec import QUANTIZATIONS, ChatRun, ClassificationSpec, EvalRun, InferRun, MergeRun, ModelSpec, TaskSpec
-from lora_cli.tasks import Task, build_task
+from lora_cli.tasks import Task, build_task, load_rows
 from lora_cli.tokenizer import load_tokenizer
 from lora_cli.unpadded import remove_padding
 
@@ -44,9 +44,18 @@ class Saved:
     data_seed: int
     """What the run drew its validation rows with, where a data set brings none."""
 
+    def first_examples(self, number: int, split: str) -> Sequence[Any]:
+        """The first rows of a split of the task's data, encoded; none is read for 0."""
+        if not number:
+            return []
+        rows = load_rows(self.task, [split], seed=self.data_seed)[split]
+        return self.task.encode(rows.select(range(min(number, len(rows)))), self).examples
 
-def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun) -> Saved:
+
+def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun, *, keep_padding: bool = False) -> Saved:
     """Load the run that `spec` names, with the task and base model that `spec` says (the run's own by default).
+
+    With `keep_padding` the model is as transformers made it, without hooks (see `unpadded`).
 
     Raises:
         RunError: it has no finished adapter.
@@ -81,7 +90,7 @@ def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun) -> Saved:
         truncate(base.model, injection, spec.lora.r)
     base.model.eval()
     # As the run did, so that its figures come out to the last digit.
-    if facts.get("packing", True):
+    if facts.get("packing", True) and not keep_padding:
         remove_padding(base.model)
     saved_tokenizer = None if folder is None else folder.tokenizer
     tokenizer = load_tokenizer(saved_tokenizer) if saved_tokenizer and saved_tokenizer.is_dir() else base.tokenizer

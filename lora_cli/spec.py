@@ -97,7 +97,9 @@ TEXT_METRICS = (
     "exact_match",
 )
 FORMATS = ("columns", "e2e", "webnlg", "dart")
-EXPORT_TARGETS = ("peft", "vllm", "sglang", "tgi", "lorax", "llamacpp", "loralib")
+EXPORT_TARGETS = ("peft", "vllm", "sglang", "tgi", "lorax", "llamacpp", "loralib", "onnx")
+BASE_KEYS = {"onnx": ("task", "model", "force_base"), "llamacpp": ("model",)}
+"""Target of lora export → what it takes of the base model; no other target takes any of it."""
 IMPORT_FORMATS = ("auto", "peft", "loralib", "torchtune")
 COMBINE_METHODS = ("concat", "svd", "linear")
 CHAT_TEMPLATES = ("tokenizer", "chatml", "plain")
@@ -819,14 +821,28 @@ class ExportRun:
     run: str = "???"
     """Run folder, unique prefix of its name, latest, or an adapter folder in PEFT format."""
     target: str = "???"
-    """Program that is to load it: peft, vllm, sglang, tgi, lorax, llamacpp or loralib."""
+    """Program that is to load it: peft, vllm, sglang, tgi, lorax, llamacpp, loralib, or onnx (the whole model)."""
     lora: RankSpec = field(default_factory=RankSpec)
     """Which rank is used."""
     output: str = "???"
     """Folder to write; it must not exist yet."""
+    rows: int = 64
+    """Rows of task.split on which onnxruntime and torch are compared (target=onnx); 0: no comparison."""
+    task: TaskSpec | None = None
+    """The task (target=onnx); the run's own unless given."""
+    model: ModelSpec | None = None
+    """The base model (target=onnx and llamacpp); the run's own unless given."""
+    force_base: bool = False
+    """Use the adapter even if the base model's fingerprint is not the one it was trained on (target=onnx)."""
 
     def __post_init__(self) -> None:
         _one_of("target", self.target, EXPORT_TARGETS, "target")
+        _at_least("rows", self.rows, 0)
+        groups = {"task": self.task and self.task.name, "model": self.model and self.model.name}
+        given = {key: value for key, value in {**groups, "force_base": self.force_base}.items() if value}
+        for key, value in given.items():
+            if key not in BASE_KEYS.get(self.target, ()):
+                raise ConfigError(key, value, f"target={self.target} does not look at it")
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,6 @@ from lora_cli.errors import ConfigError
 from lora_cli.runs.directory import write_json
 from lora_cli.screen import Screen
 from lora_cli.spec import MergeRun
-from lora_cli.tasks import load_rows
 
 if TYPE_CHECKING:
     import torch
@@ -19,9 +18,6 @@ if TYPE_CHECKING:
     from lora_cli.saved import Saved
 
 __all__ = ["run"]
-
-_BATCH = 8
-"""Rows compared at a time: of a model that writes, all logits of all tokens are."""
 
 
 def run(spec: MergeRun, *, directory: Path | None = None, overrides: Sequence[str] = ()) -> None:
@@ -36,34 +32,28 @@ def run(spec: MergeRun, *, directory: Path | None = None, overrides: Sequence[st
     output = Path(spec.output)
     if output.exists():
         raise ConfigError("output", spec.output, "exists already; give a new folder")
-    from lora_cli.merged import DTYPES, save_merged
-    from lora_cli.nn import dequantize, merge, quantized_size, remove
+    from lora_cli.certificate import decisions, in_words
+    from lora_cli.merged import DTYPES, merge_all, save_merged
+    from lora_cli.nn import quantized_size
     from lora_cli.saved import open_saved
     from lora_cli.tokenizer import save_tokenizer
 
     screen = Screen()
     saved = open_saved(spec)
     screen.fact("run", str(saved.path))
-    examples = _examples(spec, saved)
-    before = list(_compared(saved, examples))
+    examples = saved.first_examples(spec.rows, spec.task.split)
+    before = list(decisions(saved.model, saved.task, examples, device=saved.device))
     quantized = quantized_size(saved.model)
-    changes = merge(saved.model)
-    remove(saved.model)
-    if quantized:
-        dequantize(saved.model)
+    changes = merge_all(saved.model)
     base = _base(quantized.kind if quantized else "none", saved.quantization)
     if base:
         screen.fact("base", base)
     screen.fact("merged", f"{len(changes)} layers, largest change of a weight {max(changes.values(), default=0.0):.3g}")
     certificate = {}
     if examples:
-        certificate = {dtype: _certificate(saved, examples, before, dtype) for dtype in DTYPES}
+        certificate = {dtype: _rounded(saved, examples, before, dtype) for dtype in DTYPES}
     for dtype, found in certificate.items():
-        screen.fact(
-            dtype,
-            f"{found['changed']} of {found['predictions']:,} predictions change; logits differ by "
-            f"{found['largest_difference']:.1e} at most, {found['mean_difference']:.1e} on average",
-        )
+        screen.fact(dtype, in_words(found))
     with atomic_folder(output) as temporary:
         save_merged(saved.model, temporary, dtype=spec.dtype, shard_size=spec.shard_size)
         save_tokenizer(saved.tokenizer, temporary)
@@ -80,37 +70,11 @@ def _base(kept: str, trained: str) -> str:
     return "" if trained == "none" else f"as it was loaded; the adapter was trained on it in {trained}"
 
 
-def _examples(spec: MergeRun, saved: Saved) -> Sequence[Any]:
-    """The rows that the certificate is about: the first ones of the task's split."""
-    if not spec.rows:
-        return []
-    rows = load_rows(saved.task, [spec.task.split], seed=saved.data_seed)[spec.task.split]
-    return saved.task.encode(rows.select(range(min(spec.rows, len(rows)))), saved).examples
-
-
-def _compared(saved: Saved, examples: Sequence[Any]) -> Iterator[torch.Tensor]:
-    """Logits of what is predicted, batch by batch: a row for each label, or for each token to be written."""
-    from lora_cli.engine.evaluate import predict
-
-    for _, logits, batch in predict(saved.model, saved.task, examples, device=saved.device, batch_size=_BATCH):
-        yield saved.task.decisions(logits, batch)
-
-
-def _certificate(saved: Saved, examples: Sequence[Any], before: Sequence[torch.Tensor], dtype: str) -> dict[str, float]:
+def _rounded(saved: Saved, examples: Sequence[Any], before: Sequence[torch.Tensor], dtype: str) -> dict[str, float]:
     """How far the merged model, its weights rounded to `dtype` and computed with as before, is from the adapted one."""
+    from lora_cli.certificate import decisions, difference
     from lora_cli.merged import rounded
 
     with rounded(saved.model, dtype):
-        after = list(_compared(saved, examples))
-    gaps = [(new - old).abs() for new, old in zip(after, before, strict=True)]
-    decisions = sum(len(gap) for gap in gaps)
-    changed = sum(
-        0 if old.shape[-1] == 1 else int((new.argmax(-1) != old.argmax(-1)).sum())
-        for new, old in zip(after, before, strict=True)
-    )
-    return {
-        "largest_difference": max(float(gap.max()) for gap in gaps),
-        "mean_difference": sum(float(gap.sum()) for gap in gaps) / sum(gap.numel() for gap in gaps),
-        "changed": changed,
-        "predictions": decisions,
-    }
+        after = list(decisions(saved.model, saved.task, examples, device=saved.device))
+    return difference(before, after)

@@ -64,11 +64,30 @@ def test_loralib_gets_a_file_that_its_loader_reads(finished, call, monkeypatch, 
     assert json.loads((tmp_path / "l" / "passport.json").read_text())["engines"]["loralib"]["verdict"] == "loads"
 
 
+def test_llamacpp_gets_its_own_file_of_a_llama(talking: Finished, call, monkeypatch, tmp_path) -> None:
+    gguf = pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
+    monkeypatch.chdir(talking.home)
+    answer = call("export", "run=latest", "target=llamacpp", f"output={tmp_path / 'l'}")
+    assert answer.code == 0, answer.err
+    assert f"--lora {tmp_path / 'l'}/adapter.gguf" in answer.out.replace("\n", "")
+    names = {each.name for each in gguf.GGUFReader(tmp_path / "l" / "adapter.gguf").tensors}
+    assert {f"blk.0.attn_{part}.weight.lora_{factor}" for part in "qv" for factor in "ab"} <= names
+    assert (tmp_path / "l" / "adapter_model.safetensors").is_file()
+
+
+def test_without_the_base_models_config_llamacpp_makes_its_file_itself(talking, call, tmp_path) -> None:
+    answer = call("export", f"run={talking.path / 'adapter'}", "target=llamacpp", f"output={tmp_path / 'l'}")
+    assert answer.code == 0, answer.err
+    assert "no adapter.gguf: a bare adapter does not say how many heads its base has; give model=NAME" in answer.err
+    assert "python convert_lora_to_gguf.py" in answer.out
+    assert not (tmp_path / "l" / "adapter.gguf").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["target=vllm", "output=new"], "modules trained whole (classifier"),
-        (["target=onnx", "output=new"], "target=onnx: no such target"),
+        (["target=onyx", "output=new"], "target=onyx: no such target. Did you mean onnx?"),
         (["target=peft", "output=train.csv"], "exists already"),
         (["target=peft"], "output: needs a value"),
     ],
