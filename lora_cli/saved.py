@@ -76,7 +76,7 @@ def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun) -> Saved:
         fingerprint=base.fingerprint,
         force_base=spec.force_base,
     )
-    if isinstance(spec, EvalRun | MergeRun) and spec.lora.r is not None:
+    if not isinstance(spec, ChatRun) and spec.lora.r is not None:
         truncate(base.model, injection, spec.lora.r)
     base.model.eval()
     saved_tokenizer = None if folder is None else folder.tokenizer

@@ -709,6 +709,8 @@ class InferRun:
     """How texts are read; the run's own unless given."""
     model: ModelSpec = field(default_factory=ModelSpec)
     """The base model; the run's own unless given."""
+    lora: RankSpec = field(default_factory=RankSpec)
+    """Which rank is used."""
     device: DeviceSpec = field(default_factory=DeviceSpec)
     """The machine."""
     batch_size: int | None = None
