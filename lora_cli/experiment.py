@@ -25,6 +25,7 @@ from lora_cli.engine.train import Objective, Outcome, Recorder, train
 from lora_cli.errors import ConfigError
 from lora_cli.models import BaseModel, load_base, save_config
 from lora_cli.nn import (
+    INITS,
     Allocator,
     Injection,
     adapted_layers,
@@ -79,6 +80,7 @@ class Experiment:
             seed=spec.seed_for("init"),
             dtype=device.dtype,
             device=device.device,
+            keep_original=spec.lora.init == "loftq",
         )
         base.model.to(device.device)
         data = {split: task.encode(found, base) for split, found in rows.items()}
@@ -102,8 +104,10 @@ class Experiment:
         rounding = 1e-4 if device.precision == "fp32" else 2e-2
         is_rounded = spec.lora.variant == "dora" or spec.lora.init == "orthogonal" or base.new_rows
         tolerance = rounding if is_rounded else 0.0
-        after = _logits(task, base, data["train"], device)
-        check_same_logits("a fresh adapter must not change the base model", before, after, tolerance=tolerance)
+        # LoftQ changes it, towards the model that was quantised: layer by layer for certain, which tests hold it to.
+        if INITS[spec.lora.init].is_neutral:
+            after = _logits(task, base, data["train"], device)
+            check_same_logits("a fresh adapter must not change the base model", before, after, tolerance=tolerance)
         return cls(
             spec=spec,
             task=task,

@@ -71,6 +71,7 @@ def load_base(
     seed: int,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
+    keep_original: bool = False,
 ) -> BaseModel:
     """The model of `spec` with a head of `num_outputs` for "classification" or "regression", or, for "generation", as
     it is: a decoder or an encoder-decoder that writes.
@@ -79,7 +80,7 @@ def load_base(
     (`seed`, parameter name): the same head whatever else was loaded or drawn before. So are the rows of
     `spec.add_tokens`, for which embeddings grow if they are too small. The global generators are left as
     they were, and nothing is printed. `dtype` None: fp32. `device` is where layers are quantised, and stay; the rest of
-    the model is on the CPU.
+    the model is on the CPU, and with `keep_original`, until an adapter is injected, what they were.
 
     Raises:
         ModelError: the checkpoint is missing, damaged, not trusted, or not made for this.
@@ -109,7 +110,8 @@ def load_base(
     new_rows = _add_tokens(model, tokenizer, spec.add_tokens, seed)
     skip = _output_embedding(model)
     if spec.quantization != "none":
-        _quantize(model, spec.quantization, [*fresh_modules, *skip], device or torch.device("cpu"))
+        where = device or torch.device("cpu")
+        _quantize(model, spec.quantization, [*fresh_modules, *skip], where, keep_original=keep_original)
     # Decoders find the last token of a text, which their head reads, by what the config calls padding.
     model.config.pad_token_id = tokenizer.pad_token_id
     # Nothing is generated in training, and a cache would hold every layer's keys and values.
@@ -291,12 +293,14 @@ def _add_tokens(
     return tuple(numbers)
 
 
-def _quantize(model: PreTrainedModel, kind: str, skip: Sequence[str], device: torch.device) -> None:
+def _quantize(
+    model: PreTrainedModel, kind: str, skip: Sequence[str], device: torch.device, *, keep_original: bool
+) -> None:
     from lora_cli.nn import quantize
 
     if device.type == "mps":
         raise ConfigError("model.quantization", kind, "not on device.name=mps")
-    quantize(model, kind, skip=skip, device=device)
+    quantize(model, kind, skip=skip, device=device, keep_original=keep_original)
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: object) -> None:

@@ -86,7 +86,7 @@ def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun, *, keep_padding: b
         fingerprint=base.fingerprint,
         force_base=spec.force_base,
     )
-    if isinstance(spec, EvalRun | MergeRun) and spec.lora.r is not None:
+    if not isinstance(spec, ChatRun) and spec.lora.r is not None:
         truncate(base.model, injection, spec.lora.r)
     base.model.eval()
     # As the run did, so that its figures come out to the last digit.

@@ -69,11 +69,7 @@ __all__ = [
 SPLITS = ("train", "validation", "test")
 VARIANTS = ("lora", "dora", "lora_fa", "vera", "dylora", "adalora", "full")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)")
-_BOTH_TRAIN = ("lora", "dora")
-"""Variants in which a layer has an A and a B that train, so that one can learn faster."""
-_OWN_FACTORS = (*_BOTH_TRAIN, "lora_fa")
-"""Variants in which each layer draws an A and a B of its own, so that they can start otherwise."""
-INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva")
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq")
 BIASES = ("none", "all", "lora_only")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -417,6 +413,26 @@ class AdaLoraSpec:
             raise ConfigError("lora.adalora.end", self.end, f"below {1 - self.start:g}, what start leaves")
 
 
+_USUAL_START = {"init": "kaiming", "b_lr_ratio": 1.0}
+_FIXED: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora_fa": ("whose A does not train", {"b_lr_ratio": 1.0}),
+    "vera": (
+        "whose layers share A and B, without a scaling",
+        {**_USUAL_START, "alpha": 16.0, "scaling": "alpha/r", "rank_pattern": {}, "alpha_pattern": {}},
+    ),
+    "dylora": ("which draws one rank for all layers", {**_USUAL_START, "rank_pattern": {}}),
+    "adalora": (
+        "which finds the ranks from a start of its own",
+        {**_USUAL_START, "scaling": "alpha/r", "rank_pattern": {}, "alpha_pattern": {}},
+    ),
+    "full": (
+        "where everything trains",
+        {**_USUAL_START, "targets": [], "modules_to_save": [], "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"},
+    ),
+}
+"""Variant → why it leaves no choice of some keys of `lora`, and the only value of each."""
+
+
 @dataclass(kw_only=True)
 class LoraSpec:
     """Which layers are adapted, and how (Hu et al. 2021, arXiv:2106.09685)."""
@@ -432,8 +448,9 @@ class LoraSpec:
     scaling: str = "alpha/r"
     """alpha/r, or alpha/sqrt(r) as in rsLoRA (arXiv:2312.03732)."""
     init: str = "kaiming"
-    """Where A and B start: kaiming, gaussian, orthogonal, pissa (arXiv:2404.02948), olora (arXiv:2406.01775), or eva
-    (arXiv:2410.07170), which reads some training examples. Adapters of pissa and olora are saved with rank 2r."""
+    """Where A and B start: kaiming, gaussian, orthogonal, pissa (arXiv:2404.02948), olora (arXiv:2406.01775), eva
+    (arXiv:2410.07170), which reads some training examples, or loftq (arXiv:2310.08659), of what model.quantization took
+    away. Adapters of pissa and olora are saved with rank 2r."""
     b_lr_ratio: float = 1.0
     """Learning rate of B over that of A, above 1 in LoRA+ (arXiv:2402.12354). A keeps train.lr; so do both factors of
     an embedding, where A is looked up and no width of the input enters."""
@@ -474,45 +491,17 @@ class LoraSpec:
         for key, alpha in alphas.items():
             if not 0 < alpha <= MAX_SCALING / most:
                 raise ConfigError(key, alpha, f"a number above 0, at most {MAX_SCALING / most:g}{unless}")
-        if self.init != "kaiming" and self.variant not in _OWN_FACTORS:
-            raise ConfigError("lora.init", self.init, f"kaiming with lora.variant={self.variant}")
-        if self.b_lr_ratio != 1 and self.variant not in _BOTH_TRAIN:
-            raise ConfigError("lora.b_lr_ratio", self.b_lr_ratio, f"1 with lora.variant={self.variant}")
         _seed("lora.projection_seed", self.projection_seed)
+        why, fixed = _FIXED.get(self.variant, ("", {}))
+        for name, only in fixed.items():
+            if (value := getattr(self, name)) != only:
+                raise ConfigError(f"lora.{name}", value, f"{only or 'empty'} with lora.variant={self.variant}, {why}")
         if self.projection_seed and self.variant != "vera":
             raise ConfigError("lora.projection_seed", self.projection_seed, "for lora.variant=vera only")
-        if self.variant == "vera":
-            self._check_vera()
-        if self.variant == "adalora":
-            self._check_adalora()
-        elif self.adalora != AdaLoraSpec():
+        if self.adalora != AdaLoraSpec() and self.variant != "adalora":
             raise ConfigError("lora.adalora", "", "for lora.variant=adalora only")
-        if self.variant == "dylora" and self.rank_pattern:
-            raise ConfigError("lora.rank_pattern", self.rank_pattern, "empty: dylora draws one rank for all layers")
-        if self.variant == "full":
-            for name in ("targets", "modules_to_save", "rank_pattern", "alpha_pattern"):
-                if value := getattr(self, name):
-                    raise ConfigError(f"lora.{name}", value, "empty where everything trains (lora.variant=full)")
-            if self.bias != "none":
-                raise ConfigError("lora.bias", self.bias, "none where everything trains (lora.variant=full)")
-
-    def _check_adalora(self) -> None:
-        for name in ("rank_pattern", "alpha_pattern"):
-            if value := getattr(self, name):
-                raise ConfigError(f"lora.{name}", value, "empty: lora.variant=adalora finds the ranks")
-        if self.scaling != "alpha/r":
-            raise ConfigError("lora.scaling", self.scaling, "alpha/r with lora.variant=adalora")
-        if self.adalora.target_r > self.r:
+        if self.adalora.target_r > self.r and self.variant == "adalora":
             raise ConfigError("lora.adalora.target_r", self.adalora.target_r, f"at most {self.r}, which is lora.r")
-
-    def _check_vera(self) -> None:
-        """VeRA has one rank and no scaling."""
-        for name in ("alpha", "scaling"):
-            if (value := getattr(self, name)) != LoraSpec.__dataclass_fields__[name].default:
-                raise ConfigError(f"lora.{name}", value, "left as it is: lora.variant=vera has no scaling")
-        for name in ("rank_pattern", "alpha_pattern"):
-            if value := getattr(self, name):
-                raise ConfigError(f"lora.{name}", value, "empty: all layers share one A and B (lora.variant=vera)")
 
 
 @dataclass(kw_only=True)
@@ -653,6 +642,8 @@ class TrainRun:
             _one_of("train.metric", self.train.metric, [*self.task.metrics, "loss"], "metric of the task")
         if self.lora.variant == "full" and self.model.quantization != "none":
             raise ConfigError("model.quantization", self.model.quantization, "none where everything trains (lora=full)")
+        if self.lora.init == "loftq" and self.model.quantization == "none":
+            raise ConfigError("lora.init", "loftq", "needs model.quantization=nf4 or int8")
         if self.lora.variant == "adalora" and (self.train.restore_best or self.train.patience):
             key = "restore_best" if self.train.restore_best else "patience"
             allowed = "false or null with adalora: only its last steps keep to the budget"
@@ -720,6 +711,8 @@ class InferRun:
     """How texts are read; the run's own unless given."""
     model: ModelSpec = field(default_factory=ModelSpec)
     """The base model; the run's own unless given."""
+    lora: RankSpec = field(default_factory=RankSpec)
+    """Which rank is used."""
     device: DeviceSpec = field(default_factory=DeviceSpec)
     """The machine."""
     batch_size: int | None = None

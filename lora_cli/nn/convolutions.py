@@ -132,7 +132,7 @@ def check_groups(base_layer: nn.Module, name: str, key: str, r: int, variant: st
     groups = base_layer.groups if isinstance(base_layer, _ConvNd) else 1
     if r % groups:
         raise ConfigError(key, r, f"a multiple of {groups} for {name}, a convolution in {groups} groups")
-    if groups > 1 and VARIANTS[variant].is_dense:
+    if groups > 1 and VARIANTS[variant].scope != "any":
         # PEFT multiplies B and A as if there were no groups, and takes other lengths.
         raise ConfigError("lora.variant", variant, f"not for a convolution in {groups} groups ({name})")
     return groups

@@ -22,7 +22,20 @@ from torch import Tensor, nn
 
 from lora_cli.errors import ConfigError
 
-__all__ = ["INITS", "Block", "Eva", "Gaussian", "Init", "Kaiming", "Olora", "Orthogonal", "Pissa", "check_init"]
+__all__ = [
+    "INITS",
+    "Block",
+    "Eva",
+    "Gaussian",
+    "Init",
+    "Kaiming",
+    "Loftq",
+    "Noise",
+    "Olora",
+    "Orthogonal",
+    "Pissa",
+    "check_init",
+]
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,8 @@ class Block:
     """s."""
     weight: Callable[[], Tensor]
     """The base weight (out, in), fp32."""
+    original: Callable[[], Tensor]
+    """What the base weight was before it was quantised (out, in), fp32."""
     generator: torch.Generator | None
     """Draws, on the CPU."""
 
@@ -47,7 +62,9 @@ class Init(Protocol):
     """One way to start."""
 
     is_residual: bool
-    """Whether B A is not 0 at the start."""
+    """Whether it starts from a part of the base weight, which the update then leaves out."""
+    is_neutral: bool
+    """Whether a fresh layer computes what its base does."""
     needs_inputs: bool
     """Whether A stays 0, so that nothing would train, until `start_from_inputs`."""
 
@@ -59,7 +76,7 @@ class Init(Protocol):
 class Kaiming:
     """A uniform in ±1/√in, as nn.Linear is; B = 0 (loralib's, and PEFT's default). An embedding has A = 0, B normal."""
 
-    is_residual = needs_inputs = False
+    is_residual, is_neutral, needs_inputs = False, True, False
 
     def start(self, block: Block) -> None:
         """Draw A."""
@@ -69,7 +86,7 @@ class Kaiming:
 class Gaussian:
     """A ~ N(0, 1/r²), B = 0 (PEFT's "gaussian"). An embedding has A = 0, B normal, there too."""
 
-    is_residual = needs_inputs = False
+    is_residual, is_neutral, needs_inputs = False, True, False
 
     def start(self, block: Block) -> None:
         """Draw A."""
@@ -82,7 +99,7 @@ class Orthogonal:
     With Q (r, r) orthogonal, A = 0.1 Q_oddᵀ X and B = 0.1 Y Q_even, X and Y normal (PEFT's "orthogonal").
     """
 
-    is_residual = needs_inputs = False
+    is_residual, is_neutral, needs_inputs = False, True, False
 
     def start(self, block: Block) -> None:
         """Draw both; the rank is even."""
@@ -98,15 +115,11 @@ class Pissa:
     A and B have √(S_r / s) each (eq. 2 and 3, with s in them as in PEFT).
     """
 
-    is_residual, needs_inputs = True, False
+    is_residual, is_neutral, needs_inputs = True, True, False
 
     def start(self, block: Block) -> None:
         """Take the weight apart."""
-        U, S, V = torch.linalg.svd(block.weight(), full_matrices=False)
-        r = len(block.A)
-        roots = (S[:r] / block.scaling).sqrt()
-        block.A.copy_(roots[:, None] * V[:r])
-        block.B.copy_(U[:, :r] * roots)
+        _halve(block, block.weight())
 
 
 class Olora:
@@ -115,7 +128,7 @@ class Olora:
     As in PEFT, s B A is what the update starts from.
     """
 
-    is_residual, needs_inputs = True, False
+    is_residual, is_neutral, needs_inputs = True, True, False
 
     def start(self, block: Block) -> None:
         """Take the weight apart. Its first r columns alone make the first r of Q."""
@@ -131,10 +144,41 @@ class Eva:
     Found by `start_from_inputs`. Ranks are not moved from layer to layer (rho = 1).
     """
 
-    is_residual, needs_inputs = False, True
+    is_residual, is_neutral, needs_inputs = False, True, True
 
     def start(self, block: Block) -> None:
         """Nothing to start from yet."""
+
+
+class Loftq:
+    """What quantising took off the weight, as far as rank r goes (Li et al. 2023, arXiv:2310.08659, algorithm 1).
+
+    One step of the alternation (T = 1), which quantises W itself, so that the base stays the ordinary quantisation of
+    the checkpoint: s B A = U_r S_r V_rᵀ of W - dequantised(W), no other matrix of rank r being as near to that (Eckart
+    and Young 1936). A fresh adapter is not neutral then, but nearer to the model as it was.
+    """
+
+    is_residual, is_neutral, needs_inputs = False, False, False
+
+    def start(self, block: Block) -> None:
+        """Take the difference apart."""
+        weight = block.weight()
+        _halve(block, block.original().to(weight.device) - weight)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A and B ~ N(0, std²), for a variant with a zero of its own between them."""
+
+    std: float
+    is_residual = False
+    is_neutral = True
+    needs_inputs = False
+
+    def start(self, block: Block) -> None:
+        """Draw A, then B."""
+        for tensor in (block.A, block.B):
+            nn.init.normal_(tensor, std=self.std, generator=block.generator)
 
 
 INITS: dict[str, Init] = {
@@ -144,13 +188,16 @@ INITS: dict[str, Init] = {
     "pissa": Pissa(),
     "olora": Olora(),
     "eva": Eva(),
+    "loftq": Loftq(),
 }
 """Name in `lora.init` → the init."""
 
 _FOR_EMBEDDINGS = ("kaiming", "gaussian")
 
 
-def check_init(init: str, name: str, r: int, *, is_embedding: bool, is_projection: bool) -> None:
+def check_init(
+    init: str, name: str, r: int, *, is_embedding: bool, is_projection: bool, has_original: bool = False
+) -> None:
     """That the layer called `name` can start so, with rank `r` in each group.
 
     Raises:
@@ -162,6 +209,17 @@ def check_init(init: str, name: str, r: int, *, is_embedding: bool, is_projectio
         raise ConfigError("lora.init", init, f"not for a convolution ({name}), whose inputs overlap")
     if init == "orthogonal" and r % 2:
         raise ConfigError("lora.init", init, f"needs an even rank in each group; {name} has {r}")
+    if init == "loftq" and not has_original:
+        raise ConfigError("lora.init", init, f"only for layers that model.quantization has just quantised, not {name}")
+
+
+def _halve(block: Block, matrix: Tensor) -> None:
+    """s B A = the best approximation of `matrix` by its rank, each factor with √(S / s)."""
+    U, S, V = torch.linalg.svd(matrix, full_matrices=False)
+    r = len(block.A)
+    roots = (S[:r] / block.scaling).sqrt()
+    block.A.copy_(roots[:, None] * V[:r])
+    block.B.copy_(U[:, :r] * roots)
 
 
 def _normal(rows: int, columns: int, generator: torch.Generator | None) -> Tensor:

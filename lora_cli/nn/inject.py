@@ -114,6 +114,8 @@ def inject_plan(model: nn.Module, plan: Plan, spec: LoraSpec, *, seed: int = 0) 
     model.requires_grad_(spec.variant == FULL)
     shared = _shared_pair(model, plan, spec)
     layers = {name: _adapt(model, name, layer, spec, seed, shared) for name, layer in plan.layers.items()}
+    for quantized in quantized_layers(model):
+        quantized.original = None
     if spec.variant == "dylora":
         drawn = DrawnRank(model, spec.r)
         for layer in layers.values():

@@ -17,7 +17,7 @@ from lora_cli.errors import AdapterError
 from lora_cli.nn.dylora import DrawnRank
 from lora_cli.nn.fused import Placement
 from lora_cli.nn.inits import INITS, Block
-from lora_cli.nn.variants import SCALINGS, VARIANTS
+from lora_cli.nn.variants import VARIANTS
 
 __all__ = ["LoraConv1D", "LoraEmbedding", "LoraLayer", "LoraLinear", "generator_for"]
 
@@ -66,7 +66,7 @@ class LoraLayer(nn.Module):
         shared: tuple[nn.Parameter, nn.Parameter] | None = None,
     ) -> None:
         super().__init__()
-        assert placement is None or not VARIANTS[variant].is_dense, "refused by name where the layer is chosen"
+        assert placement is None or VARIANTS[variant].scope == "any", "refused by name where the layer is chosen"
         assert (shared is not None) == VARIANTS[variant].is_shared, "one pair is drawn for all layers, by `draw_pair`"
         self.base_layer = base_layer.requires_grad_(False)
         self.r, self.alpha = r, alpha
@@ -101,15 +101,11 @@ class LoraLayer(nn.Module):
 
     def _draw(self, a_RI: Tensor, b_OR: Tensor, generator: torch.Generator | None) -> None:
         """Let two zero matrices start as `init` says, each part and group by itself."""
-        if self.variant == "adalora":
-            for tensor in (a_RI, b_OR):
-                nn.init.normal_(tensor, std=0.02, generator=generator)
-            return
-        blocks = self._blocks()
+        start, blocks = VARIANTS[self.variant].start or INITS[self.init], self._blocks()
         for a_rI, (rows, outputs) in zip(a_RI.chunk(len(blocks)), blocks, strict=True):
             b_Or = torch.zeros(len(rows), b_OR.shape[1])
-            weight = partial(self._weight_of, outputs)
-            INITS[self.init].start(Block(a_rI, b_Or, self.r, self.scaling, weight, generator))
+            weight, original = (partial(self._rows_of, name, outputs) for name in ("matrix", "original"))
+            start.start(Block(a_rI, b_Or, self.r, self.scaling, weight, original, generator))
             b_OR[rows] = b_Or
 
     def _blocks(self) -> list[tuple[Tensor, Tensor]]:
@@ -119,20 +115,18 @@ class LoraLayer(nn.Module):
         rows = [(self.placement.part == number).nonzero()[:, 0] for number in range(len(self.parts))]
         return [(each, self.placement.rows[each]) for each in rows]
 
-    def _weight_of(self, outputs: Tensor) -> Tensor:
-        return self.matrix.detach()[outputs.to(self.matrix.device)].float()
+    def _rows_of(self, name: str, outputs: Tensor) -> Tensor:
+        matrix: Tensor = getattr(self, name).detach()
+        return matrix[outputs.to(matrix.device)].float()
 
     def _reduce(self, x: Tensor) -> Tensor:
         """(..., in) → A x (..., r), in the dtype in which the layer computes."""
-        return functional.linear(self.dropout(x), self._whole_a().to(x.dtype))
+        return functional.linear(self.dropout(x), self._placed_a().to(x.dtype))
 
     def _whole_a(self) -> Tensor:
-        """A of the update: of a residual init [A; A - A0] in each part and group (2r, in), else A.
-
-        Where it is shared with wider layers, its first columns.
-        """
+        """A of the update: of a residual init [A; A - A0] in each part and group (2r, in), else A."""
         if self.A0 is None:
-            return self.A[:, : self.in_features]
+            return self.A
         blocks = len(self.parts) or self.num_groups
         pairs = zip(self.A.chunk(blocks), (self.A - self.A0).chunk(blocks), strict=True)
         return torch.cat([each for pair in pairs for each in pair])
@@ -142,7 +136,10 @@ class LoraLayer(nn.Module):
         return self.B if self.B0 is None else torch.cat([self.B - self.B0, self.B0], dim=1)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(A, B) whose s B A is the update, with gradients: of rank 2r if `init` is residual, see `inits`."""
+        """(A, B) whose s B A is the update, with gradients: of rank 2r if `init` is residual, see `inits`.
+
+        What layers share is given whole.
+        """
         return self._whole_a(), self._whole_b()
 
     @classmethod
@@ -182,6 +179,11 @@ class LoraLayer(nn.Module):
         return self.matrix_of(self.base_layer)
 
     @property
+    def original(self) -> Tensor:
+        """The base weight before it was quantised, as (out, in)."""
+        return self.matrix
+
+    @property
     def in_features(self) -> int:
         """Size of an input."""
         return self.shape_of(self.base_layer)[1]
@@ -198,9 +200,7 @@ class LoraLayer(nn.Module):
 
     def scaling_at(self, r: int) -> float:
         """s of an update of rank r."""
-        if self.variant == "adalora":
-            return self.alpha / (r + 1e-5)  # As PEFT divides.
-        return 1.0 if VARIANTS[self.variant].is_shared else SCALINGS[self._scaling_rule](self.alpha, r)
+        return VARIANTS[self.variant].scaling(self._scaling_rule, self.alpha, r)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -228,6 +228,10 @@ class LoraLayer(nn.Module):
     def _in_layout(self, matrix: Tensor) -> Tensor:
         return matrix.T if self.is_transposed else matrix
 
+    def _placed_a(self) -> Tensor:
+        """A for the inputs that there are: where it is shared with wider layers, its first columns."""
+        return self._whole_a()[:, : self.in_features]
+
     def _placed_b(self) -> Tensor:
         """B for all outputs: with parts, its blocks in their places (out, k·r)."""
         B = self._whole_b()
@@ -237,7 +241,7 @@ class LoraLayer(nn.Module):
         """s·(B · core)·A as (out, in), fp32, with gradients."""
         with torch.autocast(self.A.device.type, enabled=False):
             b_OR, core_R = self._placed_b().float(), VARIANTS[self.variant].core(self)
-            return self.scaling * ((b_OR if core_R is None else b_OR * core_R) @ self._whole_a().float())
+            return self.scaling * ((b_OR if core_R is None else b_OR * core_R) @ self._placed_a().float())
 
     def delta_weight(self) -> Tensor:
         """`delta_matrix` in the base's layout."""

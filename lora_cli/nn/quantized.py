@@ -33,7 +33,6 @@ __all__ = [
     "QuantizedSize",
     "Storage",
     "dequantize",
-    "loftq",
     "quantize",
     "quantized_layers",
     "quantized_size",
@@ -127,7 +126,7 @@ class QuantizedLinear(nn.Module):
 
     bias: nn.Parameter | None
 
-    def __init__(self, linear: nn.Module, storage: str) -> None:
+    def __init__(self, linear: nn.Module, storage: str, *, original: Tensor | None = None) -> None:
         super().__init__()
         self.is_transposed = LoraConv1D.fits(linear)
         matrix = _matrix(linear).detach()
@@ -138,6 +137,8 @@ class QuantizedLinear(nn.Module):
         self.register_parameter("bias", linear.bias if isinstance(linear.bias, nn.Parameter) else None)
         # In a tuple: no module of this one.
         self._empty = (_with_parameters(linear, {}),)
+        self.original = original
+        """The weight (out, in) that was quantised, until an init has read it."""
 
     @property
     def matrix(self) -> Tensor:
@@ -237,6 +238,13 @@ class LoraQuantizedLinear(LoraLayer):
         return super().shape_of(base_layer)
 
     @property
+    def original(self) -> Tensor:
+        """The base weight before it was quantised, as (out, in)."""
+        assert isinstance(self.base_layer, QuantizedLinear)
+        assert self.base_layer.original is not None, "what needs it is refused by name without"
+        return self.base_layer.original
+
+    @property
     def device(self) -> torch.device:
         """Where the base layer is."""
         return next(iter([*self.base_layer.buffers(), *self.base_layer.parameters()])).device
@@ -313,8 +321,12 @@ class QuantizedSize:
         return asdict(self)
 
 
-def quantize(model: nn.Module, storage: str, *, skip: Iterable[str], device: torch.device) -> None:
+def quantize(
+    model: nn.Module, storage: str, *, skip: Iterable[str], device: torch.device, keep_original: bool = False
+) -> None:
     """Replace every Linear and Conv1D of `model` in place, one at a time: moved to `device`, quantised, let go.
+
+    With `keep_original` the weights stay where they were loaded, for `lora.init=loftq`; `inject` lets them go.
 
     Left as they are: modules named in `skip` and all in them, and a layer whose weight another module shares. Of
     subclasses of `nn.Linear` none is replaced, as it may read its weight in ways of its own.
@@ -335,7 +347,8 @@ def quantize(model: nn.Module, storage: str, *, skip: Iterable[str], device: tor
         linear = model.get_submodule(aliases[0])
         if len(owners[id(linear.weight)]) > 1:
             continue
-        layer = QuantizedLinear(linear.to(device), storage).train(linear.training)
+        original = _matrix(linear).detach() if keep_original else None
+        layer = QuantizedLinear(linear.to(device), storage, original=original).train(linear.training)
         for name in aliases:
             model.set_submodule(name, layer)
         num_replaced += 1
@@ -369,17 +382,3 @@ def quantized_size(model: nn.Module) -> QuantizedSize | None:
     weights = sum(layer.num_weights for layer in layers)
     kept = sum(layer.num_bytes for layer in layers)
     return QuantizedSize(layers[0].storage, len(layers), weights, kept, 4 * weights)
-
-
-def loftq(weight_OI: Tensor, dequantized_OI: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
-    r"""A (r, in) and B (out, r), fp32, with s B A the best approximation of rank r of what quantising took away.
-
-    One step of LoftQ's alternation (Li et al. 2023, arXiv:2310.08659, algorithm 1 with T = 1, its first quantisation
-    being of W itself): U √Σ and √Σ Vᵀ of the r largest singular values of W - dequantised(W), so that the base stays
-    the ordinary quantisation of the checkpoint. A fresh adapter is then not the identity on the quantised base, but
-    nearer to the model that was quantised.
-    """
-    residual = (weight_OI.float() - dequantized_OI.float()) / scaling
-    u_OR, values_R, v_RI = torch.linalg.svd(residual, full_matrices=False)
-    roots_R = values_R[:r].sqrt()
-    return (roots_R[:, None] * v_RI[:r]).contiguous(), (u_OR[:, :r] * roots_R).contiguous()

@@ -18,9 +18,9 @@ from lora_cli.errors import ConfigError, UnknownName
 from lora_cli.nn.convolutions import check_groups
 from lora_cli.nn.fused import placement_of
 from lora_cli.nn.inits import INITS, check_init
-from lora_cli.nn.kinds import KINDS, is_projection, kind_of, shape_of
+from lora_cli.nn.kinds import KINDS, kind_of, shape_of
 from lora_cli.nn.layers import LoraEmbedding, LoraLayer
-from lora_cli.nn.quantized import quantized_layers
+from lora_cli.nn.quantized import QuantizedLinear, quantized_layers
 from lora_cli.nn.tokens import vocabulary_layers
 from lora_cli.nn.variants import VARIANTS
 from lora_cli.spec import MAX_RANK, MAX_SCALING, LoraSpec
@@ -119,29 +119,8 @@ def check_plan(model: nn.Module, plan: Plan, spec: LoraSpec) -> None:
             new tokens train besides.
     """
     _check_rows(model, plan, spec)
-    if plan.new_rows and VARIANTS[spec.variant].is_linear:
-        raise ConfigError("model.add_tokens", "", f"not with lora.variant={spec.variant}: PEFT has no place for them")
     for name, layer in plan.layers.items():
-        rows, columns = shape_of(model, name)
-        if layer.parts:
-            rows = _check_parts(model, name, layer, spec)
-        if VARIANTS[spec.variant].frozen == ("A",) and kind_of(model.get_submodule(name)) is LoraEmbedding:
-            raise ConfigError("lora.variant", spec.variant, f"not for an embedding ({name}), whose A starts at zero")
-        key = "lora.r" if layer.r == spec.r else "lora.rank_pattern"
-        groups = check_groups(model.get_submodule(name), name, key, layer.r, spec.variant)
-        is_shared = VARIANTS[spec.variant].is_shared
-        if VARIANTS[spec.variant].is_linear and not is_projection(model, name):
-            raise ConfigError("lora.variant", spec.variant, f"only for linear layers; {name} is {_class(model, name)}")
-        # What is random and frozen gains from a rank above a layer's size.
-        if not is_shared and layer.r > (most := min(rows, groups * columns)):
-            raise ConfigError(key, layer.r, f"at most {most} for {name}, which is {rows} × {columns}")
-        if INITS[spec.init].is_residual and 2 * layer.r > most:
-            raise ConfigError(
-                key, layer.r, f"at most {most // 2} for {name} with lora.init={spec.init}, saved as twice it"
-            )
-        if kind := kind_of(model.get_submodule(name)):
-            shape = {"is_embedding": kind is LoraEmbedding, "is_projection": kind.is_projection}
-            check_init(spec.init, name, layer.r // groups, **shape)
+        _check_layer(model, name, layer, spec)
     _check_ties(model, plan)
     for name in plan.whole:
         module = model.get_submodule(name)
@@ -150,6 +129,35 @@ def check_plan(model: nn.Module, plan: Plan, spec: LoraSpec) -> None:
         state = sorted(module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys())
         if state:
             raise ConfigError("lora.modules_to_save", name, f"has state that does not train ({state[0]})")
+
+
+def _check_layer(model: nn.Module, name: str, layer: LayerPlan, spec: LoraSpec) -> None:
+    base, variant, init = model.get_submodule(name), VARIANTS[spec.variant], INITS[spec.init]
+    rows, columns = shape_of(model, name)
+    if layer.parts:
+        rows = _check_parts(model, name, layer, spec)
+    kind = kind_of(base)
+    assert kind is not None, "a plan holds what can be adapted"
+    if variant.frozen == ("A",) and kind is LoraEmbedding:
+        raise ConfigError("lora.variant", spec.variant, f"not for an embedding ({name}), whose A starts at zero")
+    key = "lora.r" if layer.r == spec.r else "lora.rank_pattern"
+    groups = check_groups(base, name, key, layer.r, spec.variant)
+    if variant.scope == "linear" and not kind.is_projection:
+        raise ConfigError("lora.variant", spec.variant, f"only for linear layers; {name} is {_class(model, name)}")
+    most, of_init = min(rows, groups * columns), ""
+    if init.is_residual:
+        most, of_init = most // 2, f" with lora.init={spec.init}, saved as twice it"
+    # What is random and frozen gains from a rank above a layer's size.
+    if layer.r > most and not variant.is_shared:
+        raise ConfigError(key, layer.r, f"at most {most} for {name}, which is {rows} × {columns}{of_init}")
+    check_init(
+        spec.init,
+        name,
+        layer.r // groups,
+        is_embedding=kind is LoraEmbedding,
+        is_projection=kind.is_projection,
+        has_original=isinstance(base, QuantizedLinear) and base.original is not None,
+    )
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
@@ -263,7 +271,7 @@ def _has_experts(model: nn.Module, name: str) -> bool:
 def _check_parts(model: nn.Module, name: str, layer: LayerPlan, spec: LoraSpec) -> int:
     """The number of outputs of the smallest part."""
     placement = placement_of(model, name, layer.parts, shape_of(model, name)[0])
-    if VARIANTS[spec.variant].is_dense:
+    if VARIANTS[spec.variant].scope != "any":
         raise ConfigError("lora.variant", spec.variant, f"not for parts of a fused projection ({name}); adapt it whole")
     # On disk the parts are one update of rank k·r, and must be allowed as such.
     num_parts = len(layer.parts)
@@ -297,6 +305,8 @@ def _rows_outside(model: nn.Module, new_rows: Sequence[int], whole: Sequence[str
 
 
 def _check_rows(model: nn.Module, plan: Plan, spec: LoraSpec) -> None:
+    if plan.new_rows and VARIANTS[spec.variant].scope == "linear":
+        raise ConfigError("model.add_tokens", "", f"not with lora.variant={spec.variant}: PEFT has no place for them")
     layers = vocabulary_layers(model) if plan.new_rows else {}
     for first in plan.new_rows:
         for name in layers[first]:

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from lora_cli.nn.inits import Init, Noise
+
 __all__ = [
     "SCALINGS",
     "VARIANTS",
@@ -91,11 +93,15 @@ class Variant(Protocol):
     frozen: tuple[str, ...]
     """Names among A and B that do not train."""
     is_shared: bool
-    """Whether all layers, which are linear ones then, share one random A and B without a scaling."""
-    is_dense: bool
-    """Whether it is for layers adapted whole only, not in parts or in a convolution's groups."""
-    is_linear: bool
-    """Whether it is for linear layers only."""
+    """Whether all layers share one random A and B."""
+    scope: str
+    """Layers it is for: "any"; "whole", not in parts or in a convolution's groups; "linear", whole linear ones."""
+    start: Init | None
+    """Where its A and B start; None: where `lora.init` says."""
+
+    def scaling(self, rule: str, alpha: float, r: int) -> float:
+        """s of an update of rank r, where `lora.scaling` is `rule`."""
+        ...
 
     def prepare(self, layer: Adapted) -> None:
         """Adds those parameters to `layer`, so that a fresh layer computes what its base does."""
@@ -120,8 +126,12 @@ class Lora:
     parameters: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
     is_shared: bool = False
-    is_dense: bool = False
-    is_linear: bool = False
+    scope: str = "any"
+    start: Init | None = None
+
+    def scaling(self, rule: str, alpha: float, r: int) -> float:
+        """What the rule says."""
+        return SCALINGS[rule](alpha, r)
 
     def prepare(self, layer: Adapted) -> None:
         """Nothing to add."""
@@ -159,8 +169,12 @@ class AdaLoRA(Lora):
     """
 
     parameters: tuple[str, ...] = ("E",)
-    is_dense: bool = True
-    is_linear: bool = True
+    scope: str = "linear"
+    start: Init | None = Noise(0.02)
+
+    def scaling(self, rule: str, alpha: float, r: int) -> float:
+        """alpha/r, as PEFT divides."""
+        return alpha / (r + 1e-5)
 
     def prepare(self, layer: Adapted) -> None:
         """Adds `E` of 0: nothing changes."""
@@ -179,7 +193,7 @@ class DyLoRA(Lora):
     the authors' code. Otherwise all of A and B count; `truncate` leaves the first b.
     """
 
-    is_dense: bool = True
+    scope: str = "whole"
 
     def core(self, layer: Adapted) -> Tensor | None:
         """In training b ones, then zeros, times s(b)/s(r)."""
@@ -190,7 +204,7 @@ class DyLoRA(Lora):
         return (rank < b) * (layer.scaling_at(b) / layer.scaling_at(layer.r))
 
 
-class DoRA:
+class DoRA(Lora):
     r"""Learns a length per output row besides the low-rank direction.
 
     Computes W' = m * (W + s B A) / ||W + s B A||, the norm over each row (Liu et al. 2024, arXiv:2402.09353,
@@ -201,19 +215,11 @@ class DoRA:
     """
 
     parameters: tuple[str, ...] = ("magnitude",)
-    frozen: tuple[str, ...] = ()
-    is_shared: bool = False
-    is_dense: bool = True
-    is_linear: bool = False
+    scope: str = "whole"
 
     def prepare(self, layer: Adapted) -> None:
-        """Adds `magnitude`, the row lengths of W: at B = 0 the factor is 1."""
-        lengths = _row_lengths(layer.matrix.detach().float())
-        layer.register_parameter("magnitude", nn.Parameter(lengths))
-
-    def core(self, layer: Adapted) -> Tensor | None:
-        """Ones."""
-        return None
+        """Adds `magnitude`, the row lengths of W + s B A, so that the factor starts at 1: mostly B A is 0 then."""
+        layer.register_parameter("magnitude", nn.Parameter(self._lengths(layer)))
 
     def combine(self, layer: Adapted, base: Tensor, update: Tensor) -> Tensor:
         """Rows of base + update scaled to their learnt lengths, except the bias."""
@@ -224,22 +230,19 @@ class DoRA:
 
     def merged_weight(self, layer: Adapted) -> Tensor:
         """m (W + s B A) / ||W + s B A||."""
-        direction = layer.matrix.float() + layer.delta_matrix()
-        return direction * self._factor(layer)[:, None]
+        return super().merged_weight(layer) * self._factor(layer)[:, None]
 
     def _factor(self, layer: Adapted) -> Tensor:
-        with torch.no_grad():
-            lengths = _row_lengths(layer.matrix.float() + layer.delta_matrix())
-        return layer.get_parameter("magnitude") / lengths
+        return layer.get_parameter("magnitude") / self._lengths(layer)
+
+    @torch.no_grad()
+    def _lengths(self, layer: Adapted) -> Tensor:
+        lengths: Tensor = torch.linalg.vector_norm(super().merged_weight(layer), dim=1)
+        # A row of zeros (pruned, or never trained) has no direction; length 1 keeps it zero instead of NaN.
+        return lengths.where(lengths > 0, 1.0)
 
 
-def _row_lengths(weight: Tensor) -> Tensor:
-    # A row of zeros (pruned, or never trained) has no direction; length 1 keeps it zero instead of NaN.
-    lengths: Tensor = torch.linalg.vector_norm(weight, dim=1)
-    return lengths.where(lengths > 0, 1.0)
-
-
-class VeRA:
+class VeRA(Lora):
     r"""Trains two vectors a layer; A and B are random, frozen, and the same in all layers.
 
     Computes W' = W + Λb B Λd A (Kopiczko et al. 2023, arXiv:2310.11454, eq. 2). There is no scaling, as the vectors
@@ -251,8 +254,11 @@ class VeRA:
     parameters: tuple[str, ...] = ("lambda_d", "lambda_b")
     frozen: tuple[str, ...] = ("A", "B")
     is_shared: bool = True
-    is_dense: bool = True
-    is_linear: bool = True
+    scope: str = "linear"
+
+    def scaling(self, rule: str, alpha: float, r: int) -> float:
+        """1."""
+        return 1.0
 
     def prepare(self, layer: Adapted) -> None:
         """Adds `lambda_d` of 0.1, the paper's start (section 3.2), and `lambda_b` of 0: nothing changes."""

@@ -31,6 +31,8 @@ def test_run_is_scored_merged_and_exported_at_a_rank(trained: Path, call) -> Non
         answer = call(*words, "run=latest", "lora.r=1")
         assert answer.code == 0, answer.err
     assert figures(trained / "eval/validation-r1") == figures(Path("ranks/0"))
+    found = [call("infer", "run=latest", "text=a fine film", *rank).out for rank in ([], ["lora.r=4"], ["lora.r=1"])]
+    assert found[0] == found[1] != found[2]
     assert json.loads(Path("one/adapter_config.json").read_text())["r"] == 1
 
 

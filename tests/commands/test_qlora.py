@@ -101,17 +101,33 @@ def test_layers_without_an_adapter_are_dequantised_too(films, call, tmp_path) ->
     assert "bert.encoder.layer.0.output.dense.weight" in names
 
 
-def test_a_resumed_training_is_bit_equal(films: Path, call: Callable[..., object]) -> None:
-    assert call("train", *SHORT, "hydra.run.dir=run").code == 0
+@pytest.mark.parametrize("lora", ["qlora", "loftq"])
+def test_a_resumed_training_is_bit_equal(lora: str, films: Path, call: Callable[..., object]) -> None:
+    words = (f"lora={lora}", *SHORT[1:])
+    assert call("train", *words, "hydra.run.dir=run").code == 0
     whole = (films / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
     for name in ("checkpoints/step-000004", "adapter"):
         shutil.rmtree(films / "run" / name)
     facts = json.loads((films / "run" / "run.json").read_text())
     (films / "run" / "run.json").write_text(json.dumps(facts | {"status": "running"}))
-    answer = call("train", *SHORT, "hydra.run.dir=run", "resume=auto")
+    answer = call("train", *words, "hydra.run.dir=run", "resume=auto")
     assert answer.code == 0, answer.err
     assert "from step 2" in answer.err
     assert (films / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == whole
+
+
+def test_a_run_with_loftq_saves_an_ordinary_adapter_and_scores_as_it_did(films: Path, call, tmp_path: Path) -> None:
+    assert call("train", "lora=loftq", *SHORT[1:], "hydra.run.dir=run").code == 0
+    config = json.loads((films / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config.get("init_lora_weights", True)) == ("LORA", 8, True)
+    assert call("eval", "run=run", f"output={tmp_path / 'out'}").code == 0
+    known = json.loads((films / "run" / "run.json").read_text())["metrics"]["validation"]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"] == known
+
+
+def test_loftq_without_quantisation_is_refused_by_name(films: Path, call) -> None:
+    answer = call("train", "lora=loftq", "model.quantization=none", *TINY, *FILMS)
+    assert (answer.code, "lora.init=loftq: needs model.quantization=nf4 or int8" in answer.err) == (2, True)
 
 
 def test_a_training_is_not_resumed_with_another_bitsandbytes(films: Path, call, monkeypatch) -> None:

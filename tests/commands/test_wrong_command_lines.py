@@ -12,6 +12,7 @@ import pytest
 from conftest import check_refusal
 
 TINY = "model=tiny-bert"
+OPTIONS = ", ".join(sorted(file.stem for file in (Path(__file__).parents[2] / "conf" / "lora").glob("*.yaml")))
 CASES = [
     # row, words, what the line says
     (1, ["train", "train.lerning_rate=1e-4"], ["train.lerning_rate", "Did you mean train.lr?"]),
@@ -58,8 +59,8 @@ CASES = [
     (3, ["train", "seed=-1"], ["seed=-1", "from 0"]),
     (4, ["train", "task=sst"], ["task=sst", "Did you mean sst2?"]),
     (4, ["train", "model=robertabase"], ["Did you mean roberta-base?"]),
-    (4, ["train", "lora=Lora"], ["dora, eva, full, head, lora, lora_fa, lora_plus, olora, pissa, rslora"]),
-    (4, ["train", "lora=null"], ["lora=null", "dora, eva, full, head, lora, lora_fa, lora_plus, olora, pissa, rslora"]),
+    (4, ["train", "lora=Lora"], [OPTIONS]),
+    (4, ["train", "lora=null"], ["lora=null", OPTIONS]),
     (4, ["train", "+model=bert-base"], ["model=NAME without the +"]),
     (4, ["train", "device=tpu"], ["device=tpu", "cpu, cuda, mps"]),
     (4, ["train", "tracker=wandbb"], ["Did you mean wandb?"]),

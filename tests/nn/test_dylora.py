@@ -169,7 +169,7 @@ def test_note_that_does_not_fit_is_refused(file: str, change: dict[str, Any], tm
 
 
 def test_a_rank_of_its_own_is_refused() -> None:
-    with pytest.raises(ConfigError, match="dylora draws one rank for all layers"):
+    with pytest.raises(ConfigError, match=r"lora.variant=dylora, which draws one rank for all layers"):
         LoraSpec(**SPEC, rank_pattern={"query": 2})
 
 

@@ -247,7 +247,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nothing to start": ({"init": "pissa", "variant": "full", "targets": []}, r"lora.init=pissa: .*lora.variant=full"),
     "twice too large": ({"init": "pissa", "r": 2049}, r"lora.r=2049: .* 2048 with lora.init=pissa"),
     "twice too strong": ({"init": "olora", "alpha": 6000.0}, r"lora.alpha=6000.0: .* 5000 with lora.init=olora"),
-    "twice the layer": ({"init": "pissa", "r": 9, "targets": ["q_proj"]}, r"lora.r=9: at most 8 for .*q_proj with"),
+    "twice the layer": ({"init": "pissa", "r": 9, "targets": ["q_proj"]}, r"lora.r=9: at most 8 .* 16 × 16 with"),
     "embedding": ({"init": "olora", "r": 2, "targets": ["embed_tokens"]}, r"lora.init=olora: not for an embedding \("),
     "eva of an embedding": ({"init": "eva", "targets": ["embed_tokens"]}, r"lora.init=eva: not for an embedding"),
 }  # fmt: skip

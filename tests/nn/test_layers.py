@@ -26,8 +26,8 @@ from lora_cli.spec import VARIANTS as VARIANT_NAMES
 from .models import trained
 
 NUM_IN, NUM_OUT = 12, 9
-ANY_LAYER = tuple(name for name, variant in VARIANTS.items() if not variant.is_linear)
-"""Variants that are not for linear layers only."""
+ANY_LAYER = tuple(name for name, variant in VARIANTS.items() if variant.scope != "linear" and variant.frozen != ("A",))
+"""Variants for embeddings too."""
 
 
 class Scaled(nn.Embedding):

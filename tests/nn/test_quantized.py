@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,9 +32,10 @@ from lora_cli.nn import (
 )
 from lora_cli.nn.kinds import kind_of, matrix_of, shape_of
 from lora_cli.nn.layers import generator_for
-from lora_cli.nn.quantized import STORAGES, LoraQuantizedLinear, QuantizedLinear, loftq
+from lora_cli.nn.quantized import STORAGES, LoraQuantizedLinear, QuantizedLinear
 from lora_cli.nn.variants import VARIANTS
-from lora_cli.spec import QUANTIZATIONS, LoraSpec, ModelSpec, TrainRun
+from lora_cli.nn.vera import draw_pair
+from lora_cli.spec import QUANTIZATIONS, AdaLoraSpec, LoraSpec, ModelSpec, TrainRun
 
 from .models import FRESH, lm_logits, logits, tiny, tiny_lm, trained
 
@@ -67,10 +69,20 @@ BASES = [
 ]
 
 
+def options(variant: str) -> dict[str, Any]:
+    """Of a layer of this variant; VeRA's are given an A and a B."""
+    shared = draw_pair(4, NUM_OUT, NUM_IN, seed=0) if VARIANTS[variant].is_shared else None
+    return {"r": 4, "alpha": 6.0, "variant": variant, "shared": shared}
+
+
+def spec_of(variant: str, targets: list[str]) -> LoraSpec:
+    """Of an adapter of rank 2."""
+    ranks = AdaLoraSpec(target_r=2) if variant == "adalora" else AdaLoraSpec()
+    return LoraSpec(r=2, variant=variant, targets=targets, adalora=ranks)
+
+
 def adapted(base: nn.Module, storage: str, variant: str = "lora") -> LoraQuantizedLinear:
-    layer = LoraQuantizedLinear(
-        QuantizedLinear(base, storage), r=4, alpha=6.0, variant=variant, generator=generator_for(0, "layer")
-    )
+    layer = LoraQuantizedLinear(QuantizedLinear(base, storage), generator=generator_for(0, "layer"), **options(variant))
     layer.base_layer.requires_grad_(False)
     return layer
 
@@ -208,7 +220,7 @@ def test_gradients_are_those_of_the_dequantised_weight(variant: str, storage: st
         dense.weight.copy_(layer.matrix)
     kind = kind_of(dense)
     assert kind is not None
-    twin = kind(dense, r=4, alpha=6.0, variant=variant)
+    twin = kind(dense, **options(variant))
     twin.load_state_dict({name: p for name, p in layer.named_parameters() if "base" not in name}, strict=False)
     wanted = dict(twin.named_parameters())
     for out in (layer(x), twin(x)):
@@ -277,7 +289,7 @@ ALL = LoraSpec(r=2, targets=["all-linear"])
 def test_a_model_is_adapted_merged_and_restored(variant: str) -> None:
     model = quantized(tiny("bert"))
     base = logits(model)
-    injection = inject(model, LoraSpec(r=2, variant=variant, targets=["all-linear"]), groups={}, fresh=["classifier"])
+    injection = inject(model, spec_of(variant, ["all-linear"]), groups={}, fresh=["classifier"])
     torch.testing.assert_close(logits(model), base)
     assert injection.num_total > sum(p.numel() for p in model.parameters()), "quantised weights count as what they were"
     trained(model)
@@ -349,7 +361,7 @@ def test_peft_computes_the_same_over_bitsandbytes_own_layers(variant: str, tmp_p
     from peft import PeftModel
 
     model = quantized(tiny("bert"))
-    folder = saved(model, tmp_path / "adapter", LoraSpec(r=2, variant=variant, targets=["query", "value", "dense"]))
+    folder = saved(model, tmp_path / "adapter", spec_of(variant, ["query", "value", "dense"]))
     theirs = tiny("bert")
     for name, module in list(theirs.named_modules()):
         if isinstance(module, nn.Linear) and name != "classifier":
@@ -405,25 +417,50 @@ def test_memory_counts_what_is_kept_and_disk_what_was_loaded() -> None:
     assert before.weight_bytes - after.weight_bytes == size.fp32_bytes - size.bytes
 
 
-@each_storage
-def test_loftq_is_the_best_approximation_of_what_quantising_took_away(storage: str) -> None:
-    weight = linear().weight.detach()
-    kept, scaling = QuantizedLinear(linear(), storage).matrix, 1.5
-    values = torch.linalg.svdvals(weight - kept)
-    for r in (1, 4, NUM_OUT):
-        a_RI, b_OR = loftq(weight, kept, r, scaling)
-        assert (a_RI.shape, b_OR.shape) == ((r, NUM_IN), (NUM_OUT, r))
-        rest = weight - kept - scaling * b_OR @ a_RI
+class TestLoftq:
+    """The init that knows what quantising took away."""
+
+    @each_storage
+    @pytest.mark.parametrize("r", [1, 4, min(NUM_IN, NUM_OUT)])
+    def test_a_and_b_are_the_best_approximation_of_what_quantising_took_away(self, storage: str, r: int) -> None:
+        weight = linear().weight.detach()
+        quantized = QuantizedLinear(linear(), storage, original=weight)
+        layer = LoraQuantizedLinear(quantized, r=r, alpha=1.5 * r, init="loftq")
+        rest = weight - layer.matrix - layer.delta_matrix()
         # Eckart and Young 1936: no other matrix of this rank leaves less.
+        values = torch.linalg.svdvals(weight - layer.matrix)
         torch.testing.assert_close(rest.norm(), values[r:].norm(), rtol=1e-4, atol=1e-5)
 
+    @each_storage
+    @pytest.mark.parametrize("variant", ["lora", "dora", "lora_fa"])
+    def test_outputs_are_nearer_to_those_of_the_model_that_was_quantised(
+        self, storage: str, variant: str, x: torch.Tensor
+    ) -> None:
+        quantized = QuantizedLinear(linear(), storage, original=linear().weight.detach())
+        layer = LoraQuantizedLinear(quantized, r=4, alpha=6.0, init="loftq", variant=variant)
+        assert (layer(x) - linear()(x)).norm() < 0.9 * (quantized(x) - linear()(x)).norm()
 
-@each_storage
-def test_outputs_with_loftq_are_nearer_to_those_of_the_model_that_was_quantised(storage: str, x: torch.Tensor) -> None:
-    layer = adapted(linear(), storage)
-    without = (layer(x) - linear()(x)).norm()
-    a_RI, b_OR = loftq(linear().weight.detach(), layer.matrix, layer.r, layer.scaling)
-    with torch.no_grad():
-        layer.A.copy_(a_RI)
-        layer.B.copy_(b_OR)
-    assert (layer(x) - linear()(x)).norm() < 0.9 * without
+    @each_storage
+    def test_a_model_starts_nearer_and_lets_the_weights_go(self, storage: str) -> None:
+        model, plain = tiny_lm("llama"), lm_logits(tiny_lm("llama"))
+        quantize(model, storage, skip=["lm_head"], device=torch.device("cpu"), keep_original=True)
+        without = lm_logits(model)
+        size = quantized_size(model)
+        inject(model, LoraSpec(init="loftq", r=8, targets=["all-linear"]), groups={}, skip=["lm_head"])
+        assert (lm_logits(model) - plain).norm() < 0.7 * (without - plain).norm()
+        assert all(layer.original is None for layer in quantized_layers(model))
+        assert quantized_size(model) == size
+
+    def test_a_layer_that_was_not_quantised_is_refused_by_name(self) -> None:
+        says = r"lora.init=loftq: only for layers that model.quantization has just quantised, not \S+q_proj"
+        with pytest.raises(ConfigError, match=says):
+            inject(tiny_lm("llama"), LoraSpec(init="loftq", targets=["q_proj"]), groups={})
+
+    def test_a_run_without_quantization_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match=r"lora.init=loftq: needs model.quantization=nf4 or int8"):
+            TrainRun(lora=LoraSpec(init="loftq"))
+
+    @pytest.mark.parametrize("variant", ["vera", "dylora", "adalora", "full"])
+    def test_a_variant_without_an_a_and_b_of_its_own_is_refused(self, variant: str) -> None:
+        with pytest.raises(ConfigError, match=f"lora.init=loftq: kaiming with lora.variant={variant}"):
+            LoraSpec(variant=variant, init="loftq", targets=[])

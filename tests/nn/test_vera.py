@@ -219,10 +219,10 @@ def test_verbs_on_factors_refuse_it_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"alpha": 8.0}, "lora.alpha=8.0: left as it is: lora.variant=vera has no scaling"),
-        ({"scaling": "alpha/sqrt(r)"}, "lora.scaling=.*has no scaling"),
-        ({"rank_pattern": {"query": 2}}, "lora.rank_pattern=.*all layers share one A and B"),
-        ({"alpha_pattern": {"query": 2.0}}, "lora.alpha_pattern=.*all layers share one A and B"),
+        ({"alpha": 8.0}, "lora.alpha=8.0: 16.0 with lora.variant=vera, whose"),
+        ({"scaling": "alpha/sqrt(r)"}, "lora.scaling=.*without a scaling"),
+        ({"rank_pattern": {"query": 2}}, "lora.rank_pattern=.*layers share A and B"),
+        ({"alpha_pattern": {"query": 2.0}}, "lora.alpha_pattern=.*layers share A and B"),
         ({"variant": "lora", "projection_seed": 3}, "lora.projection_seed=3: for lora.variant=vera only"),
     ],
     ids=str,
