@@ -47,7 +47,7 @@ class Workplace:
     @property
     def decoder(self) -> Path:
         """The base model of the decoder's cases."""
-        return self.scratch / "decoder"
+        return self.scratch / "decoder-model"
 
 
 Side = Callable[[Workplace, Path], Figures]
