@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,10 @@ def turns(name: str, case: Case, place: Workplace, number: int) -> Iterable[list
         folder, found = place.scratch / name, {}
         folder.mkdir()
         for side, run in case.sides.items():
+            started = time.monotonic()
             found[side] = run(place, folder)
-            print(f"{name}, turn {turn + 1} of {number}: {side}, {found[side].get('wall_s', 0):.1f} s", file=sys.stderr)
+            took = time.monotonic() - started
+            print(f"{name}, turn {turn + 1} of {number}: {side}, {took:.1f} s", file=sys.stderr)
         shutil.rmtree(folder)
         repeats.append(found)
         yield repeats
