@@ -49,12 +49,11 @@ def train(run: Run, *, grouped: bool = False, start_as_ours: bool = False) -> No
     done = trainer.train()
     model.save_pretrained(str(run.path / "peer"))
     scored = trainer.evaluate()
-    first = next(entry for entry in trainer.state.log_history if "eval_runtime" in entry)
     names = [*(run.task.metrics if classify else ()), "loss"]
     return notes | {
         "metrics": {name: scored[f"eval_{name}"] for name in names},
         "train_rows_per_s": len(data["train"]) * spec.epochs / stopwatch.train_s,
-        "eval_rows_per_s": len(data["validation"]) / first["eval_runtime"],
+        "eval_rows_per_s": len(data["validation"]) / scored["eval_runtime"],
         "train_loss": done.training_loss,
     }
 
