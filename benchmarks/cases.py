@@ -164,7 +164,7 @@ def profile(place: Workplace) -> list[dict[str, Any]]:
     """Where twenty steps of ours spend their time, with everything on as in train-random."""
     folder = place.scratch / "profile"
     folder.mkdir(exist_ok=True)
-    words = [*_sst2(place, RANDOM), "train.max_steps=30", f"hydra.run.dir={folder / 'run'}"]
+    words = [*_sst2(place, RANDOM), "train.max_steps=30", "train.eval_every=30", f"hydra.run.dir={folder / 'run'}"]
     told, _ = place.run("ours.py", ["--profile", "train", *words], folder)
     found: list[dict[str, Any]] = told["profile"]
     return found
