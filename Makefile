@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 DEMO_SETTINGS := lora.r=16 lora.alpha=32 train.lr=2e-3 train.head_lr=1e-2 train.batch_size=16 train.epochs=5
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -52,8 +53,8 @@ format: install ## rewrite the formatting
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install ## ours beside PEFT + HF Trainer on the same work (needs LORA_HUB_ROOT)
-	$(BIN)/python benchmarks/quality.py
+bench: install ## speed beside PEFT + HF Trainer, loralib, full fine-tuning (needs LORA_HUB_ROOT; BENCH_ARGS)
+	$(BIN)/python benchmarks/speed.py --profile $(BENCH_ARGS)
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache build dist *.egg-info

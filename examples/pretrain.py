@@ -44,13 +44,15 @@ from mirror_text import END, data_to_text, dialogues, prose, split
 VOCABULARY, POSITIONS, ROW, DIALOGUE = 4096, 512, 192, 256
 
 
-def byte_level_bpe(texts: Sequence[str], special: Sequence[str], **roles: Any) -> PreTrainedTokenizerFast:
+def byte_level_bpe(
+    texts: Sequence[str], special: Sequence[str], *, vocabulary: int = VOCABULARY, **roles: Any
+) -> PreTrainedTokenizerFast:
     """A tokenizer without unknown characters: every byte is a token, and the most frequent neighbours are merged."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
