@@ -94,8 +94,9 @@ def page(text: str, document: Document) -> str:
 
 def _section(name: str, measured: Mapping[str, Any]) -> str:
     settings, case = measured["settings"], CASES[name]
-    turns, threads = len(measured["repeats"]), settings["threads"]
-    taken = f"{measured['date'][:10]}, {settings['rows']:,} rows, {threads} threads, medians of {turns} turns."
+    # A case whose rows are its own says so itself.
+    rows = "" if "rows" in case.about else f"{settings['rows']:,} rows; "
+    taken = f"{rows}{measured['date'][:10]}, threads: {settings['threads']}, turns: {len(measured['repeats'])}."
     about = f"{case.about[0].upper()}{case.about[1:]}. {taken}"
     return f"### {name}\n\n{about}\n\n{markdown(table(measured['repeats'], case.pairs))}"
 

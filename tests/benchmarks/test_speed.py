@@ -63,7 +63,7 @@ def test_the_page_is_made_anew_from_what_was_measured(measured: dict[str, Any]) 
     text = "before\n<!-- measured: begin, by us -->\nold\n<!-- measured: end -->\nafter\n"
     made = speed.page(text, measured | {"profile": {"top": TOP}})
     assert "old" not in made
-    assert "2026-01-02, 1,600 rows, 2 threads, medians of 1 turns." in made
+    assert "1,600 rows; 2026-01-02, threads: 2, turns: 1." in made
     assert "| ours / Trainer, full | 1.00 (1.00–1.00) |" in made
     assert "| aten::addmm | 50.0% | 12.2 | 60 |" in made
     assert (made.startswith("before\n"), made.endswith("after\n")) == (True, True)
