@@ -3,6 +3,7 @@
 from lora_cli.nn.adalora import Allocator
 from lora_cli.nn.adapter import AdapterFile, fingerprint, load_adapter, read_adapter, save_adapter
 from lora_cli.nn.convolutions import LoraConvolution
+from lora_cli.nn.embeddings import LoraEmbedding
 from lora_cli.nn.eva import start_from_inputs
 from lora_cli.nn.inits import INITS
 from lora_cli.nn.inject import (
@@ -18,7 +19,7 @@ from lora_cli.nn.inject import (
     truncate,
     unmerge,
 )
-from lora_cli.nn.layers import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear
+from lora_cli.nn.layers import LoraConv1D, LoraLayer, LoraLinear
 from lora_cli.nn.quantized import (
     LoraQuantizedLinear,
     QuantizedLinear,

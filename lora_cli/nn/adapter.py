@@ -27,12 +27,11 @@ from lora_cli.errors import AdapterError, ConfigError, printable
 from lora_cli.nn.convolutions import unlike_peft
 from lora_cli.nn.inject import Injection, adapted_layers, inject_plan
 from lora_cli.nn.peft_config import PeftConfig, parse_config
-from lora_cli.nn.peft_format import (
+from lora_cli.nn.peft_format import build_config, plan_from
+from lora_cli.nn.peft_tensors import (
     PREFIX,
     StoredTensor,
-    build_config,
     ignored_keys,
-    plan_from,
     plan_of,
     stored_scale,
     stored_tensors,

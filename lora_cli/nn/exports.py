@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_cli.errors import AdapterError, printable
 from lora_cli.nn.passport import traits
-from lora_cli.nn.peft_format import PREFIX
+from lora_cli.nn.peft_tensors import PREFIX
 from lora_cli.nn.stored import Factors, StoredAdapter
 
 __all__ = ["TARGETS", "check_target", "folded", "loralib_state", "portable"]

@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_cli.errors import AdapterError, ConfigError, listed, printable
+from lora_cli.nn.embeddings import LoraEmbedding
 from lora_cli.nn.kinds import kind_of
-from lora_cli.nn.layers import LoraConv1D, LoraEmbedding
-from lora_cli.nn.peft_format import PREFIX
+from lora_cli.nn.layers import LoraConv1D
+from lora_cli.nn.peft_tensors import PREFIX
 from lora_cli.nn.stored import Factors, StoredAdapter
 
 __all__ = ["Mapped", "format_of", "from_loralib", "from_torchtune"]

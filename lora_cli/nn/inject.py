@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from lora_cli.errors import AdapterError, ConfigError
 from lora_cli.nn.dylora import DrawnRank
+from lora_cli.nn.embeddings import LoraEmbedding
 from lora_cli.nn.fused import placement_of
 from lora_cli.nn.kinds import kind_of, shape_of
-from lora_cli.nn.layers import LoraEmbedding, LoraLayer, generator_for
+from lora_cli.nn.layers import LoraLayer, generator_for
 from lora_cli.nn.quantized import quantized_layers
 from lora_cli.nn.targets import FULL, LayerPlan, Plan, first_names, is_inside, plan_adapter
 from lora_cli.nn.tokens import TokenRows, token_layers, vocabulary_layers

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lora_cli.nn.convolutions import LoraConvolution
-from lora_cli.nn.layers import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear
+from lora_cli.nn.embeddings import LoraEmbedding
+from lora_cli.nn.layers import LoraConv1D, LoraLayer, LoraLinear
 from lora_cli.nn.quantized import LoraQuantizedLinear
 
 __all__ = ["KINDS", "is_projection", "kind_of", "matrix_of", "shape_of"]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora_cli.errors import listed
-from lora_cli.nn.peft_format import PREFIX
+from lora_cli.nn.peft_tensors import PREFIX
 from lora_cli.nn.stored import StoredAdapter
 
 __all__ = ["ENGINES", "LOADS", "NOTE", "REFUSED", "WRONG", "Rule", "Verdict", "passport", "traits"]

@@ -23,7 +23,7 @@ from lora_cli.errors import AdapterError, printable
 from lora_cli.nn.adapter import CONFIG_FILE, FACTS_FILE, WEIGHTS_FILE, read_adapter, write_files
 from lora_cli.nn.inject import check_truncation
 from lora_cli.nn.peft_config import NO_TARGETS, PeftConfig, parse_config
-from lora_cli.nn.peft_format import PREFIX
+from lora_cli.nn.peft_tensors import PREFIX
 from lora_cli.nn.targets import FULL, LayerPlan
 from lora_cli.nn.untrusted import read_json, read_tensor, where
 from lora_cli.nn.variants import SCALINGS, VARIANTS

@@ -16,10 +16,11 @@ from torch import nn
 
 from lora_cli.errors import ConfigError, UnknownName
 from lora_cli.nn.convolutions import check_groups
+from lora_cli.nn.embeddings import LoraEmbedding
 from lora_cli.nn.fused import placement_of
 from lora_cli.nn.inits import INITS, check_init
 from lora_cli.nn.kinds import KINDS, kind_of, shape_of
-from lora_cli.nn.layers import LoraEmbedding, LoraLayer
+from lora_cli.nn.layers import LoraLayer
 from lora_cli.nn.quantized import QuantizedLinear, quantized_layers
 from lora_cli.nn.tokens import vocabulary_layers
 from lora_cli.nn.variants import VARIANTS

@@ -59,7 +59,7 @@ CASES = [
     (3, ["train", "seed=-1"], ["seed=-1", "from 0"]),
     (4, ["train", "task=sst"], ["task=sst", "Did you mean sst2?"]),
     (4, ["train", "model=robertabase"], ["Did you mean roberta-base?"]),
-    (4, ["train", "lora=Lora"], [OPTIONS]),
+    (4, ["train", "lora=Lora"], ["Did you mean lora?", "adalora, dora, dylora, eva, full"]),
     (4, ["train", "lora=null"], ["lora=null", OPTIONS]),
     (4, ["train", "+model=bert-base"], ["model=NAME without the +"]),
     (4, ["train", "device=tpu"], ["device=tpu", "cpu, cuda, mps"]),

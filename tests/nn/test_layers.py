@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from lora_cli.errors import AdapterError
 from lora_cli.nn.convolutions import LoraConvolution
+from lora_cli.nn.embeddings import LoraEmbedding
 from lora_cli.nn.fused import Placement
 from lora_cli.nn.kinds import KINDS, kind_of
-from lora_cli.nn.layers import LoraEmbedding, LoraLayer, LoraLinear, generator_for
+from lora_cli.nn.layers import LoraLayer, LoraLinear, generator_for
 from lora_cli.nn.targets import FULL
 from lora_cli.nn.variants import SCALINGS, VARIANTS
 from lora_cli.nn.vera import draw_pair
