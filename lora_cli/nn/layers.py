@@ -17,7 +17,7 @@ from lora_cli.errors import AdapterError
 from lora_cli.nn.dylora import DrawnRank
 from lora_cli.nn.fused import Placement
 from lora_cli.nn.inits import INITS, Block
-from lora_cli.nn.variants import VARIANTS
+from lora_cli.nn.variants import VARIANTS, Measured
 
 __all__ = ["LoraConv1D", "LoraLayer", "LoraLinear", "generator_for"]
 
@@ -83,6 +83,7 @@ class LoraLayer(nn.Module):
         self.register_buffer("B0", starts[1], persistent=False)
         for name in VARIANTS[variant].frozen:
             self.get_parameter(name).requires_grad_(False)
+        self.measured: Measured | None = None
         VARIANTS[variant].prepare(self)
         self._unmerged: Tensor | None = None
 

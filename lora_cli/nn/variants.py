@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -24,15 +25,34 @@ __all__ = [
     "DyLoRA",
     "Lora",
     "LoraFA",
+    "Measured",
     "Variant",
     "VeRA",
 ]
 
+_BLOCK = 1024
+"""Rows of a weight that DoRA measures at a time."""
 SCALINGS: dict[str, Callable[[float, int], float]] = {
     "alpha/r": lambda alpha, r: alpha / r,
     "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r),
 }
 """Name → s(alpha, r). The second keeps the update's size independent of r (rsLoRA, arXiv:2312.03732)."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a layer, and the A and B in the state that it holds for."""
+
+    A: Tensor
+    B: Tensor
+    versions: tuple[int, int]
+    """How often each had been written to."""
+    value: Tensor
+
+    def is_of(self, layer: Adapted) -> bool:
+        """Whether A and B are those, on that device, and were not written to since."""
+        is_same = self.A is layer.A and self.B is layer.B and self.value.device == layer.device
+        return is_same and self.versions == (layer.A._version, layer.B._version)
 
 
 class Adapted(Protocol):
@@ -46,6 +66,16 @@ class Adapted(Protocol):
     @property
     def matrix(self) -> Tensor:
         """The base weight as (out, in), whatever its layout."""
+        ...
+
+    A: nn.Parameter
+    B: nn.Parameter
+    scaling: float
+    measured: Measured | None
+    """What a variant has measured of the layer."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) whose s B A is the update."""
         ...
 
     @property
@@ -235,11 +265,29 @@ class DoRA(Lora):
     def _factor(self, layer: Adapted) -> Tensor:
         return layer.get_parameter("magnitude") / self._lengths(layer)
 
-    @torch.no_grad()
     def _lengths(self, layer: Adapted) -> Tensor:
-        lengths: Tensor = torch.linalg.vector_norm(super().merged_weight(layer), dim=1)
-        # A row of zeros (pruned, or never trained) has no direction; length 1 keeps it zero instead of NaN.
-        return lengths.where(lengths > 0, 1.0)
+        """Row lengths of W + s B A, measured once for each state of A and B, not anew in every micro-step."""
+        found = layer.measured
+        if found is None or not found.is_of(layer):
+            # A tensor made in inference mode could not be used in training.
+            with torch.inference_mode(False), torch.no_grad():
+                found = layer.measured = Measured(
+                    layer.A, layer.B, (layer.A._version, layer.B._version), _row_lengths(layer)
+                )
+        return found.value
+
+
+def _row_lengths(layer: Adapted) -> Tensor:
+    """Lengths (out,) of the rows of W + s B A, of which a block of rows is made at a time."""
+    W, (A, B) = layer.matrix, layer.factors()
+    with torch.autocast(A.device.type, enabled=False):
+        parts = [
+            torch.linalg.vector_norm(rows.float() + layer.scaling * (b_rR.float() @ A.float()), dim=1)
+            for rows, b_rR in zip(torch.split(W, _BLOCK), torch.split(B, _BLOCK), strict=True)
+        ]
+    lengths = torch.cat(parts)
+    # A row of zeros (pruned, or never trained) has no direction; length 1 keeps it zero instead of NaN.
+    return lengths.where(lengths > 0, 1.0)
 
 
 class VeRA(Lora):

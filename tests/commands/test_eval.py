@@ -165,7 +165,7 @@ def test_a_damaged_run_is_refused(damage, says, copy, refused) -> None:
         (["run=copy", "output=train.csv"], "output=train.csv: is a file"),
         (["run=copy", "task.labels=[good,bad,fair]"], "but it was trained with bad, fair, good"),
         (["run=copy", "task.split=nope"], "no split 'nope'"),
-        (["run=copy", "lora.r=4"], "lora: no such key"),
+        (["run=copy", "lora.r=4"], "only for an adapter trained with lora=dylora"),
         (["run=copy", "batch_size=0"], "batch_size=0: a whole number, 1 or more"),
         (["run=copy", "task.data.validation=gone.csv"], "gone.csv: no such file"),
         (["run=copy", "train.lr=1"], "train: no such key"),

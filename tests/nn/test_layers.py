@@ -286,6 +286,29 @@ def test_dropout_acts_on_the_input_of_a_only(x: torch.Tensor) -> None:
     torch.testing.assert_close(ours, expected)
 
 
+def test_dora_measures_its_rows_once_for_each_state_of_a_and_b(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_cli.nn import variants
+
+    layer, measured, measure = build(variant="dora"), [], variants._row_lengths
+    monkeypatch.setattr(variants, "_row_lengths", lambda layer: measured.append(1) or measure(layer))
+    monkeypatch.setattr(variants, "_BLOCK", 2)
+    x = torch.randn(3, layer.in_features)
+    with torch.inference_mode():
+        layer(x)
+    before = len(measured)
+    layer(x).sum().backward()
+    layer(x)
+    assert len(measured) == before <= 1
+    with torch.no_grad():
+        layer.B += 1
+    found = layer(x)
+    assert len(measured) == before + 1
+    monkeypatch.setattr(variants, "_BLOCK", 1024)
+    layer.measured = None
+    torch.testing.assert_close(layer(x), found)
+    torch.testing.assert_close(nn.functional.linear(x, layer.weight, layer.bias), found)
+
+
 def test_dora_leaves_a_row_of_zeros_zero() -> None:
     base = nn.Linear(4, 3, bias=False)
     with torch.no_grad():
