@@ -35,7 +35,7 @@ demo: ## train, score and use an adapter on real weights, offline, in about two 
 	@echo "       $(BIN)/lora train task=text_classification task.data.train=YOUR.csv task.text=[text] task.label=label"
 
 test: install ## the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-wheel: install ## the built wheel in an empty environment
 	$(BIN)/python -m pytest tests/test_packaging.py --run-wheel $(PYTEST_ARGS)

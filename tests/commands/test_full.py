@@ -111,6 +111,6 @@ def test_losses_are_those_of_a_plain_loop_over_all_parameters(data, call) -> Non
 
 
 def test_an_adapter_beside_it_is_refused(data, refused) -> None:
-    assert "lora.targets=['query']: empty where everything trains" in refused(
+    assert "lora.targets=['query']: empty with lora.variant=full, where everything trains" in refused(
         "train", "lora=full", "lora.targets=[query]"
     )
