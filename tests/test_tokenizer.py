@@ -69,6 +69,7 @@ def test_quiet_restores_what_it_found():
     from transformers.utils import logging
 
     logging.set_verbosity_info()
+    logging.enable_progress_bar()  # another test may have turned it off
     with quiet():
         warnings.warn("unheard")
         assert not logging.is_progress_bar_enabled()

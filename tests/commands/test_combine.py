@@ -15,10 +15,10 @@ from lora_cli.nn.stored import read_stored
 
 
 @pytest.fixture(scope="module")
-def combined(finished: Finished, lora: Callable[..., Completed], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def combined(finished: Finished, forked: Callable[..., Completed], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("combined") / "adapter"
     words = ("adapters=[latest,latest]", "weights=[1.5,-0.5]", f"output={output}")
-    process = lora("combine", *words, cwd=finished.home, env=finished.env)
+    process = forked("combine", *words, cwd=finished.home)
     assert process.returncode == 0, process.stderr
     assert "13 layers, rank 16" in process.stderr
     return output

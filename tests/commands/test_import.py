@@ -16,13 +16,13 @@ from lora_cli.nn.stored import read_stored
 
 
 @pytest.fixture(scope="module")
-def imported(finished: Finished, lora: Callable[..., Completed], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def imported(finished: Finished, forked: Callable[..., Completed], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished run, exported for loralib and taken back."""
     folder = tmp_path_factory.mktemp("imported")
     words = ("run=latest", "target=loralib", f"output={folder / 'loralib'}")
-    assert lora("export", *words, cwd=finished.home, env=finished.env).returncode == 0
+    assert forked("export", *words, cwd=finished.home).returncode == 0
     words = (f"source={folder / 'loralib' / 'lora.pt'}", "task_type=SEQ_CLS", "alpha=16", f"output={folder / 'back'}")
-    process = lora("import", *MODEL, *words, "modules_to_save=[classifier]", cwd=finished.home, env=finished.env)
+    process = forked("import", *MODEL, *words, "modules_to_save=[classifier]", cwd=finished.home)
     assert process.returncode == 0, process.stderr
     assert "in the format of loralib" in process.stderr
     assert "every name and shape" in process.stderr

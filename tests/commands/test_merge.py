@@ -14,9 +14,9 @@ from conftest import Completed
 
 
 @pytest.fixture(scope="module")
-def merged(finished: Finished, lora: Callable[..., Completed], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def merged(finished: Finished, forked: Callable[..., Completed], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("merged") / "model"
-    process = lora("merge", "run=latest", f"output={output}", "shard_size=1MB", cwd=finished.home)
+    process = forked("merge", "run=latest", f"output={output}", "shard_size=1MB", cwd=finished.home)
     assert process.returncode == 0, process.stderr
     assert "of 30 predictions change" in process.stderr
     return output

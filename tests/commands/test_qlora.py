@@ -173,11 +173,11 @@ def test_a_comparison_takes_it_and_only_it_may_change_how_the_base_is_kept(films
     assert quantised["base_bytes"] == plain["base_bytes"]
 
 
-def test_a_method_that_names_anredropped_model_is_not_compared(scratch: Path, refused) -> None:
+def test_a_method_that_names_another_model_is_not_compared(scratch: Path, refused) -> None:
     (scratch / "conf" / "lora").mkdir(parents=True)
     (scratch / "conf" / "lora" / "redropped.yaml").write_text("# @package _global_\nmodel: {dropout: 0.5}\n")
     line = refused("compare", "compare.methods=[qlora,redropped]", "model=tiny-bert")
-    assert "compare.methods=redropped: its file sets anredropped model.* than that of qlora" in line
+    assert "compare.methods=redropped: its file sets another model.* than that of qlora" in line
 
 
 def test_everything_cannot_train_on_a_quantised_base(refused) -> None:
