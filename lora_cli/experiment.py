@@ -20,6 +20,7 @@ from lora_cli.engine.checkpoint import Checkpoint, Progress
 from lora_cli.engine.device import Device, open_device
 from lora_cli.engine.evaluate import evaluate, forward, predict, rehearse
 from lora_cli.engine.generate import generate
+from lora_cli.engine.optim import check_optimizer
 from lora_cli.engine.selfcheck import check_same_logits
 from lora_cli.engine.train import Objective, Outcome, Recorder, train
 from lora_cli.errors import ConfigError
@@ -74,6 +75,7 @@ class Experiment:
             TrainingFailure: the fresh adapter changes the base model's logits.
         """
         device = open_device(spec.device)
+        check_optimizer(spec.train.optimizer, device.device.type)
         base = load_base(
             spec.model,
             **task.head,

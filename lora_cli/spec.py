@@ -74,6 +74,7 @@ BIASES = ("none", "all", "lora_only")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 QUANTIZATIONS = ("none", "nf4", "int8")
+OPTIMIZERS = ("adamw", "paged_adamw")
 SCHEDULES = ("linear", "cosine", "constant")
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
 METRICS = ("accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman")
@@ -531,6 +532,8 @@ class TrainSpec:
     """Learning rate after the warm-up: linear or cosine to 0, or constant."""
     warmup: float = 0.06
     """Share of all steps over which the learning rate rises from 0."""
+    optimizer: str = "adamw"
+    """adamw, or paged_adamw (bitsandbytes): its states move to the host where a CUDA device's memory runs out."""
     weight_decay: float = 0.0
     """Decoupled weight decay of all trained matrices (biases and norms have none)."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -564,6 +567,7 @@ class TrainSpec:
         _positive("train.epochs", self.epochs)
         for name in ("max_steps", "eval_every", "save_every", "patience"):
             _at_least(f"train.{name}", getattr(self, name), 1, optional=True)
+        _one_of("train.optimizer", self.optimizer, OPTIMIZERS, "optimizer")
         for name in ("batch_size", "accumulation", "eval_batch_size", "length_window", "keep", "log_every"):
             _at_least(f"train.{name}", getattr(self, name), 1)
         _positive("train.lr", self.lr)

@@ -126,8 +126,13 @@ def load_newest(root: Path, *, identity: Mapping[str, str]) -> Checkpoint | None
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     """The optimizer's state as named tensors: "<parameter number>.<slot>"."""
-    state: dict[int, Tensors] = optimizer.state_dict()["state"]
-    return {f"{number}.{slot}": value for number, slots in state.items() for slot, value in slots.items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        # A paged AdamW counts its steps in a plain number.
+        f"{number}.{slot}": torch.as_tensor(value)
+        for number, parameter in enumerate(parameters)
+        for slot, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
@@ -137,7 +142,24 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> Non
         number, slot = name.split(".", 1)
         # load_state_dict takes tensors as they are, and the optimizer then changes them in place.
         state.setdefault(int(number), {})[slot] = value.clone()
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    if hasattr(optimizer, "init_state"):
+        _restore_paged(optimizer, state)
+    else:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _restore_paged(optimizer: Any, state: Mapping[int, Tensors]) -> None:
+    """Into buffers of the optimizer's own making: loaded ones would not be paged."""
+    places = [(g, p) for g, group in enumerate(optimizer.param_groups) for p in range(len(group["params"]))]
+    for number, slots in state.items():
+        g, p = places[number]
+        parameter = optimizer.param_groups[g]["params"][p]
+        optimizer.init_state(optimizer.param_groups[g], parameter, g, p)
+        own = optimizer.state[parameter]
+        own["step"] = int(slots["step"])
+        for slot in ("state1", "state2"):
+            own[slot].copy_(slots[slot])
+        own |= {slot: value for slot, value in slots.items() if slot not in own}
 
 
 def _change(name: str, saved: object, now: str) -> str:

@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from lora_cli.errors import ConfigError
 from lora_cli.spec import TrainSpec
 
-__all__ = ["build_optimizer", "rate", "set_rate"]
+__all__ = ["build_optimizer", "check_optimizer", "rate", "set_rate"]
 
 
-def build_optimizer(groups: Iterable[dict[str, Any]], spec: TrainSpec) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) over parameter groups that bring their own lr and weight_decay."""
+def build_optimizer(groups: Iterable[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) over parameter groups that bring their own lr and weight_decay.
+
+    Paged, its states lie in memory that the GPU shares with the host (Dettmers et al. 2023, arXiv:2305.14314,
+    section 3).
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
     prepared = [{**group, "peak_lr": group["lr"]} for group in groups]
-    return torch.optim.AdamW(prepared, lr=spec.lr, betas=(spec.betas[0], spec.betas[1]), eps=spec.eps)
+    settings: dict[str, Any] = {"lr": spec.lr, "betas": (spec.betas[0], spec.betas[1]), "eps": spec.eps}
+    if spec.optimizer == "adamw":
+        return torch.optim.AdamW(prepared, **settings)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("train.optimizer", spec.optimizer, "needs a package: pip install 'lora-cli[quant]'")
+    from bitsandbytes.optim import PagedAdamW32bit
+
+    paged: torch.optim.Optimizer = PagedAdamW32bit(prepared, **settings)
+    return paged
+
+
+def check_optimizer(name: str, device_type: str) -> None:
+    """Refuse an optimizer that has nothing to do on this kind of device.
+
+    Raises:
+        ConfigError: paged states without a GPU.
+    """
+    if name == "paged_adamw" and device_type != "cuda":
+        raise ConfigError("train.optimizer", name, f"needs device=cuda, whose memory it spares; this is {device_type}")
 
 
 def rate(step: int, total: int, spec: TrainSpec) -> float:

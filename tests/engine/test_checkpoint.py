@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from lora_cli.disk import atomic_folder
 from lora_cli.engine import checkpoint as checkpoints
 from lora_cli.engine.checkpoint import Checkpoint, Progress
+from lora_cli.engine.optim import build_optimizer
 from lora_cli.errors import RunError
+from lora_cli.spec import TrainSpec
 
 IDENTITY = {"configuration": "c", "data": "d", "base model": "b"}
 
@@ -115,9 +117,15 @@ def test_a_whole_checkpoint_that_says_something_else_is_refused(state: dict, tmp
         checkpoints.load_newest(tmp_path, identity=IDENTITY)
 
 
-def test_an_optimizer_goes_on_as_if_nothing_had_happened() -> None:
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", ["adamw", "paged_adamw"])
+def test_an_optimizer_goes_on_as_if_nothing_had_happened(name: str) -> None:
+    if name == "paged_adamw":
+        pytest.importorskip("bitsandbytes")
+
     def optimizer(parameter: torch.Tensor) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([parameter], lr=0.1)
+        groups = [{"params": [parameter], "lr": 0.1, "weight_decay": 0.01}]
+        return build_optimizer(groups, TrainSpec(optimizer=name))
 
     def step(parameter: torch.Tensor, optimizer: torch.optim.Optimizer, value: float) -> None:
         parameter.grad = torch.full_like(parameter, value)

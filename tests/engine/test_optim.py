@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from lora_cli.engine.optim import build_optimizer, rate, set_rate
+from lora_cli.engine.optim import build_optimizer, check_optimizer, rate, set_rate
+from lora_cli.errors import ConfigError
 from lora_cli.spec import TrainSpec
 
 
@@ -43,3 +44,26 @@ def test_groups_keep_their_own_rate_and_decay() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.95)
     assert math.isclose(optimizer.param_groups[1]["eps"], 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_a_paged_adamw_takes_the_steps_of_the_plain_one() -> None:
+    pytest.importorskip("bitsandbytes")
+    found = []
+    for name in ("adamw", "paged_adamw"):
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+        groups = [{"params": [parameter], "lr": 0.1, "weight_decay": 0.02}]
+        optimizer = build_optimizer(groups, TrainSpec(optimizer=name, betas=[0.8, 0.95], eps=1e-6))
+        for step in range(5):
+            set_rate(optimizer, 1 - step / 10)
+            parameter.grad = torch.sin(parameter.detach() * (step + 1))
+            optimizer.step()
+        found.append(parameter.detach().clone())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_there_is_nothing_to_page_without_a_gpu() -> None:
+    check_optimizer("paged_adamw", "cuda")
+    check_optimizer("adamw", "cpu")
+    with pytest.raises(ConfigError, match=r"train\.optimizer=paged_adamw: needs device=cuda"):
+        check_optimizer("paged_adamw", "cpu")
