@@ -219,8 +219,8 @@ class DyLoRA(Lora):
     r"""Trains the first b rows of A and columns of B, b drawn anew at each step: an adapter of any rank up to r in one.
 
     In training W' = W + s(b) B[:, :b] A[:b] (Valipour et al. 2022, arXiv:2210.07558, algorithm 1), all b of them with a
-    gradient: the paper's version that is not frozen, which scores higher. The scaling is that of rank b, alpha/b, as in
-    the authors' code. Otherwise all of A and B count; `truncate` leaves the first b.
+    gradient: the paper's version that is not frozen. The scaling is that of rank b, alpha/b. Otherwise all of A and B
+    count; `truncate` leaves the first b.
     """
 
     scope: str = "whole"
