@@ -75,7 +75,7 @@ class Experiment:
             TrainingFailure: the fresh adapter changes the base model's logits.
         """
         device = open_device(spec.device)
-        check_optimizer(spec.train.optimizer, device.device.type)
+        check_optimizer(spec.train.optimizer, device)
         base = load_base(
             spec.model,
             **task.head,

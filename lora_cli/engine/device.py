@@ -38,6 +38,11 @@ class Device:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    @property
+    def can_page(self) -> bool:
+        """Whether its memory can overflow into the host's."""
+        return self.device.type == "cuda"
+
     def scaler(self) -> torch.amp.GradScaler:
         """Loss scaling for fp16, whose gradients would underflow; a pass-through otherwise."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lora_cli.engine.device import Device
 from lora_cli.errors import ConfigError
 from lora_cli.spec import TrainSpec
 
@@ -36,14 +37,14 @@ def build_optimizer(groups: Iterable[dict[str, Any]], spec: TrainSpec) -> torch.
     return paged
 
 
-def check_optimizer(name: str, device_type: str) -> None:
-    """Refuse an optimizer that has nothing to do on this kind of device.
+def check_optimizer(name: str, device: Device) -> None:
+    """Refuse an optimizer that has nothing to do on this device.
 
     Raises:
         ConfigError: paged states without a GPU.
     """
-    if name == "paged_adamw" and device_type != "cuda":
-        raise ConfigError("train.optimizer", name, f"needs device=cuda, whose memory it spares; this is {device_type}")
+    if name == "paged_adamw" and not device.can_page:
+        raise ConfigError("train.optimizer", name, f"needs an NVIDIA GPU, whose memory it spares; this is {device}")
 
 
 def rate(step: int, total: int, spec: TrainSpec) -> float:

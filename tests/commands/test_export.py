@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def test_an_exported_run_can_be_scored(exported: Path, finished: Finished, call,
     answer = call("eval", f"run={exported}", *saved, *data, "output=scored")
     assert answer.code == 0, answer.err
     figures = json.loads((finished.home / "scored" / "metrics.json").read_text())["metrics"]
+    shutil.rmtree(finished.home / "scored")
     assert figures["accuracy"] == finished.facts()["metrics"]["validation"]["accuracy"]
 
 

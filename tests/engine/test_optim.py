@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from lora_cli.engine.device import Device
 from lora_cli.engine.optim import build_optimizer, check_optimizer, rate, set_rate
 from lora_cli.errors import ConfigError
 from lora_cli.spec import TrainSpec
@@ -63,7 +64,8 @@ def test_a_paged_adamw_takes_the_steps_of_the_plain_one() -> None:
 
 
 def test_there_is_nothing_to_page_without_a_gpu() -> None:
-    check_optimizer("paged_adamw", "cuda")
-    check_optimizer("adamw", "cpu")
-    with pytest.raises(ConfigError, match=r"train\.optimizer=paged_adamw: needs device=cuda"):
-        check_optimizer("paged_adamw", "cpu")
+    cpu, gpu = (Device(torch.device(name), "fp32", "") for name in ("cpu", "cuda"))
+    check_optimizer("paged_adamw", gpu)
+    check_optimizer("adamw", cpu)
+    with pytest.raises(ConfigError, match=r"train\.optimizer=paged_adamw: needs an NVIDIA GPU"):
+        check_optimizer("paged_adamw", cpu)
