@@ -273,9 +273,9 @@ class LoraLayer(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> float:
-        """Write the update into the base weight: computed in fp32, rounded once. Returns the largest change.
+        """Put the update into the base: computed in fp32, rounded once. Returns the largest change of a weight.
 
-        A copy of the base weight is kept for `unmerge`.
+        What the base was is kept for `unmerge`.
 
         Raises:
             AdapterError: already merged, or the result is not finite (the base is left as it was).
@@ -284,23 +284,30 @@ class LoraLayer(nn.Module):
             raise AdapterError("the adapter is merged already; merging again would add it twice")
         if self.drawn_rank:
             self.drawn_rank.current = None  # What a last step trained is not all there is to merge.
-        base = self._base_weight
         merged = self.weight
         if not merged.isfinite().all():
-            raise AdapterError(f"the merged weight is not finite in {base.dtype}; merge into a base of a wider dtype")
-        self._unmerged = base.detach().clone()
-        base.copy_(merged)
-        return float((merged.float() - self._unmerged.float()).abs().max())
+            raise AdapterError(f"the merged weight is not finite in {merged.dtype}; merge into a base of a wider dtype")
+        return float((merged.float() - self._replace(merged).float()).abs().max())
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the base weight back, bit for bit.
+        """Put the base back, bit for bit.
 
         Raises:
             AdapterError: not merged.
         """
-        if self._unmerged is None:
+        if not self.is_merged:
             raise AdapterError("the adapter is not merged, so it cannot be unmerged")
+        self._restore()
+
+    def _replace(self, merged: Tensor) -> Tensor:
+        """Make this the base's weight, in its layout and dtype; returns the one it was."""
+        self._unmerged = self._base_weight.detach().clone()
+        self._base_weight.copy_(merged)
+        return self._unmerged
+
+    def _restore(self) -> None:
+        assert self._unmerged is not None
         self._base_weight.copy_(self._unmerged)
         self._unmerged = None
 

@@ -267,33 +267,14 @@ class LoraQuantizedLinear(LoraLayer):
         matrix = self.matrix if self.is_merged else VARIANTS[self.variant].merged_weight(self).to(self.quantized.dtype)
         return matrix.T if self.quantized.is_transposed else matrix
 
-    @torch.no_grad()
-    def merge(self) -> float:
-        """Put a plain layer with the update in it in place of the quantised base. Returns the largest change.
-
-        Raises:
-            AdapterError: already merged, or the result is not finite (the base is left as it was).
-        """
-        if self.is_merged:
-            raise AdapterError("the adapter is merged already; merging again would add it twice")
+    def _replace(self, merged: Tensor) -> Tensor:
+        """Put a plain layer with this weight in place of the quantised base; returns the dequantised one."""
         quantized = self.quantized
-        merged = VARIANTS[self.variant].merged_weight(self).to(quantized.dtype)
-        if not merged.isfinite().all():
-            raise AdapterError(f"the merged weight is not finite in {merged.dtype}")
-        change = float((merged.float() - quantized.matrix.float()).abs().max())
         self._aside.append(quantized)
-        self.base_layer = quantized.plain(merged)
-        return change
+        self.base_layer = quantized.plain(merged.T if quantized.is_transposed else merged)
+        return quantized.weight
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the quantised base back, bit for bit.
-
-        Raises:
-            AdapterError: not merged.
-        """
-        if not self._aside:
-            raise AdapterError("the adapter is not merged, so it cannot be unmerged")
+    def _restore(self) -> None:
         self.base_layer = self._aside.pop()
 
 

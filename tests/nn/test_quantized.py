@@ -285,6 +285,16 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 ALL = LoraSpec(r=2, targets=["all-linear"])
 
 
+def test_merging_a_dylora_after_a_step_merges_every_rank() -> None:
+    model = quantized(tiny("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    inject(model, LoraSpec(variant="dylora", r=6, targets=["all-linear"]), groups={}, fresh=["classifier"])
+    before = logits(trained(model).eval())
+    torch.manual_seed(1)
+    assert not torch.allclose(logits(model.train()), before), "a rank is drawn"
+    merge(model)
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+
+
 @each_variant
 def test_a_model_is_adapted_merged_and_restored(variant: str) -> None:
     model = quantized(tiny("bert"))
