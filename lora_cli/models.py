@@ -18,6 +18,7 @@ from lora_cli.reader import class_for, decoder_start, load_config, random_config
 from lora_cli.sources import check_checkpoint, find_source
 from lora_cli.spec import ModelSpec
 from lora_cli.tokenizer import add_tokens, explained, load_tokenizer, quiet
+from lora_cli.unpadded import first_position
 
 if TYPE_CHECKING:
     import torch
@@ -250,10 +251,10 @@ def _output_embedding(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _num_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that the position table suffices for; RoBERTa counts from behind the pad token's number."""
+    """Tokens that the position table suffices for."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and hasattr(module, "num_embeddings"):
-            return int(module.num_embeddings) - (0 if module.padding_idx is None else module.padding_idx + 1)
+            return int(module.num_embeddings) - first_position(module)
     return int(getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length)
 
 

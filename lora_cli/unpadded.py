@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["can_remove_padding", "remove_padding", "takes_labels"]
+__all__ = ["can_remove_padding", "first_position", "remove_padding", "takes_labels"]
 
 _ENCODING, _DECODING = "lora_unpadded", "lora_unpadded_causal"
 """Names of the attention functions in transformers' registry."""
@@ -104,7 +104,8 @@ class _Encoder:
     def __init__(self, model: PreTrainedModel, anatomy: _Anatomy) -> None:
         self._is_narrowed = anatomy.narrow is not None
         self._means = getattr(model.config, "classifier_pooling", "cls") == "mean"
-        self._offset = _first_position(model)
+        tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+        self._offset = first_position(next(tables, None))
         self._rows: Rows | None = None
 
     def lay_end_to_end(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -157,8 +158,10 @@ class _Decoder:
         return output
 
 
-def _laid_end_to_end(kwargs: dict[str, Any], first_position: int) -> dict[str, Any] | None:
-    """The arguments of a model for padded rows → those for one row; None: they are not padded on the right."""
+def _laid_end_to_end(kwargs: dict[str, Any], offset: int) -> dict[str, Any] | None:
+    """The arguments of a model for padded rows → those for one row, positions counted from `offset`; None: they are not
+    padded on the right.
+    """
     mask = kwargs.get("attention_mask")
     if mask is None or mask.ndim != 2 or kwargs.get("input_ids") is None:
         return None
@@ -168,20 +171,19 @@ def _laid_end_to_end(kwargs: dict[str, Any], first_position: int) -> dict[str, A
         return None
     device = kwargs["input_ids"].device
     rows, order = lay(mask.sum(1), device)
-    positions = (mask.cumsum(1) - 1 + first_position)[order][mask[order]]
+    chosen = mask[order]
+    positions = (chosen.cumsum(1) - 1 + offset)[chosen]
     flat: dict[str, Any] = {
-        name: kwargs[name][order][mask[order]][None] for name in ("input_ids", "token_type_ids") if name in kwargs
+        name: kwargs[name][order][chosen][None] for name in ("input_ids", "token_type_ids") if name in kwargs
     }
     return {**kwargs, **flat, "position_ids": positions[None].to(device), "attention_mask": None, "rows": rows}
 
 
-def _first_position(model: PreTrainedModel) -> int:
-    """Number of a row's first position: RoBERTa counts from behind the pad token's."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return int(module.padding_idx) + 1
-    return 0
+def first_position(table: object) -> int:
+    """Number of a row's first position in a table of embeddings: RoBERTa counts from behind the pad token's."""
+    padding = getattr(table, "padding_idx", None)
+    return 0 if padding is None else int(padding) + 1
 
 
 def _is_padded_right(mask: torch.Tensor) -> bool:
-    return mask.ndim == 2 and bool(mask[:, 0].all()) and bool((mask[:, 1:] <= mask[:, :-1]).all())
+    return bool(mask[:, 0].all()) and bool((mask[:, 1:] <= mask[:, :-1]).all())
