@@ -19,7 +19,7 @@ Notes = dict[str, Any]
 
 
 def watch_training(notes: Notes, *, profile: bool) -> None:
-    """Note the first step, and `eval_s`: how long the last scoring took. The first one imports the metrics."""
+    """Note the first step, and `eval_s`: how long the last scoring took, without the import of the metrics."""
     build = training.build_task
 
     def watched(*args: Any) -> Any:
@@ -33,6 +33,8 @@ def watch_training(notes: Notes, *, profile: bool) -> None:
 
                 watch_steps(notes, profile=profile)
                 watches = True
+            else:
+                import sklearn.metrics  # noqa: F401
             return _timed(scorer(), notes)
 
         task.scorer = opened
@@ -60,6 +62,7 @@ def _timed(scorer: Any, notes: Notes) -> Any:
     def ended() -> Any:
         found = result()
         notes["eval_s"] = time.perf_counter() - started
+        scorer.result = result  # What is asked of it again later is no scoring.
         return found
 
     scorer.result = ended

@@ -18,7 +18,7 @@ PEFT_TARGETS = {"classification": ["query", "value"], "generation": ["attn.c_att
 
 
 def train(run: Run, *, grouped: bool = False, start_as_ours: bool = False) -> Notes:
-    """Train as ours did, score after each epoch and once more at the end, save the adapter.
+    """Train as ours did, score after each epoch, save the adapter of the best.
 
     With train.length_window=1 the batches are ours, else the Trainer shuffles by itself, and with `grouped` puts rows
     of like length together. With `start_as_ours` A and head begin where ours did: what differs at the end is then not
@@ -48,7 +48,9 @@ def train(run: Run, *, grouped: bool = False, start_as_ours: bool = False) -> No
     )
     done = trainer.train()
     model.save_pretrained(str(run.path / "peer"))
-    scored = trainer.evaluate()
+    scorings = [entry for entry in trainer.state.log_history if "eval_runtime" in entry]
+    kept = trainer.state.best_global_step or scorings[-1]["step"]
+    scored = next(entry for entry in scorings if entry["step"] == kept)
     names = [*(run.task.metrics if classify else ()), "loss"]
     return notes | {
         "metrics": {name: scored[f"eval_{name}"] for name in names},

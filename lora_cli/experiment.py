@@ -22,7 +22,7 @@ from lora_cli.engine.evaluate import evaluate, forward, predict, rehearse
 from lora_cli.engine.generate import generate
 from lora_cli.engine.optim import check_optimizer
 from lora_cli.engine.selfcheck import check_same_logits
-from lora_cli.engine.train import Objective, Outcome, Recorder, train
+from lora_cli.engine.train import Objective, Recorder, train
 from lora_cli.errors import ConfigError
 from lora_cli.models import BaseModel, load_base, save_config
 from lora_cli.nn import (
@@ -139,14 +139,17 @@ class Experiment:
         examples, batch_size = self.data["validation"].examples, self.spec.train.eval_batch_size
         rehearse(self.base.model, self.task, examples, device=self.device, batch_size=batch_size)
 
-    def train(self, recorder: Recorder, resume: Checkpoint | None) -> Outcome:
+    def train(self, recorder: Recorder, resume: Checkpoint | None) -> tuple[Progress, Scorer | TextScorer | None]:
         """Train, from `resume` if given, and end with the weights that the run keeps.
+
+        Returns how far it came, and the validation split's score with just these weights if the training has it whole.
 
         Raises:
             TrainingFailure: see `engine.train`.
         """
         model, spec, lora = self.base.model, self.spec.train, self.spec.lora
         metric = spec.metric or self.task.primary_metric
+        answers = metric in TEXT_METRICS
         if resume is not None:
             load_trainable_state(model, resume.trained)
         outcome = train(
@@ -158,7 +161,7 @@ class Experiment:
                 model, self.injection, lr=spec.lr, head_lr=spec.head_lr or spec.lr, weight_decay=spec.weight_decay
             ),
             trained=lambda: trainable_state(model),
-            score=lambda: self.score("validation", answers=metric in TEXT_METRICS).result(),
+            score=lambda: self.score("validation", answers=answers),
             objective=Objective(metric, greater_is_better=metric not in LOSS_DOWNWARDS),
             device=self.device,
             recorder=recorder,
@@ -167,9 +170,12 @@ class Experiment:
             resume=resume,
             method=Allocator(adapted_layers(model).values(), lora.adalora) if lora.variant == "adalora" else None,
         )
+        scorer = outcome.last_scorer
         if spec.restore_best and outcome.best is not None:
             load_trainable_state(model, outcome.best)
-        return outcome
+            scorer = outcome.best_scorer
+        is_whole = answers or not self.task.generates
+        return outcome.progress, cast("Scorer | TextScorer", scorer) if is_whole else None
 
     def save(self, folder: Path) -> None:
         """Write the adapter, load it back from disk, and check that nothing was lost on the way.

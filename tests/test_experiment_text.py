@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def after_a_step(experiment: Experiment, **settings: object) -> dict[str, torch.
         spec,
         groups=parameter_groups(model, experiment.injection, lr=spec.lr, head_lr=None, weight_decay=0.0),
         trained=lambda: trainable_state(model),
-        score=lambda: {"loss": None},
+        score=lambda: SimpleNamespace(result=lambda: {"loss": None}),
         objective=Objective("loss", greater_is_better=False),
         device=open_device(DeviceSpec(name="cpu")),
         recorder=Silent(),

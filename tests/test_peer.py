@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,7 @@ def train_ours(setting: Setting, injected: nn.Module, injection: Injection) -> T
         spec,
         groups=parameter_groups(model, injection, lr=spec.lr, head_lr=None, weight_decay=spec.weight_decay),
         trained=lambda: trainable_state(model),
-        score=lambda: {"accuracy": None},
+        score=lambda: SimpleNamespace(result=lambda: {"accuracy": None}),
         objective=Objective("accuracy", greater_is_better=True),
         device=open_device(DeviceSpec(name="cpu")),
         recorder=notes,

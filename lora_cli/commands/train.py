@@ -19,7 +19,18 @@ from lora_cli.runs.registry import run_of
 from lora_cli.runs.report import model_card
 from lora_cli.screen import Screen, count
 from lora_cli.spec import TaskSpec, TextSpec, TrainRun
-from lora_cli.tasks import Encoded, EncodedTexts, Rows, Task, build_task, load_rows, overlap, repeats
+from lora_cli.tasks import (
+    Encoded,
+    EncodedTexts,
+    Rows,
+    Scorer,
+    Task,
+    TextScorer,
+    build_task,
+    load_rows,
+    overlap,
+    repeats,
+)
 from lora_cli.trackers import Tracker, check_tracker, open_tracker
 
 if TYPE_CHECKING:
@@ -69,12 +80,13 @@ def run(spec: TrainRun, *, directory: Path | None = None, overrides: Sequence[st
         if resume is not None:
             screen.fact("resumes", f"{folder.path} from step {resume.progress.step}")
         with _recording(folder, screen, spec, identity) as recorder:
-            outcome = experiment.train(recorder, resume)
+            progress, validated = experiment.train(recorder, resume)
         experiment.save(folder.adapter)
-        metrics = {split: _score(experiment, split, folder, screen) for split in _scored_splits(spec)}
-        folder.update(metrics=metrics, steps=outcome.progress.step, best_step=outcome.progress.best_step)
+        known = {} if validated is None else {"validation": validated}
+        metrics = {split: _score(experiment, split, folder, screen, known) for split in _scored_splits(spec)}
+        folder.update(metrics=metrics, steps=progress.step, best_step=progress.best_step)
         write_atomic(folder.adapter / "README.md", model_card(config, folder.facts(), overrides))
-        folder.finish(cost={**experiment.cost(outcome.progress), "wall_s": time.perf_counter() - started})
+        folder.finish(cost={**experiment.cost(progress), "wall_s": time.perf_counter() - started})
     return _report(screen, folder, metrics, spec.task)
 
 
@@ -107,9 +119,18 @@ def _scored_splits(spec: TrainRun) -> list[str]:
     return list(dict.fromkeys([spec.task.split, *spec.task.extra_splits]))
 
 
-def _score(experiment: Experiment, split: str, folder: RunDirectory, screen: Screen) -> dict[str, float | None]:
-    """Score one split with the saved adapter, and keep its predictions."""
-    scorer = experiment.score(split, progress=screen.counter(f"answers {split}"))
+def _score(
+    experiment: Experiment,
+    split: str,
+    folder: RunDirectory,
+    screen: Screen,
+    known: Mapping[str, Scorer | TextScorer],
+) -> dict[str, float | None]:
+    """Score one split with the saved adapter, and keep its predictions.
+
+    A split in `known` was scored with the same weights: what was saved has just been found to compute the same bits.
+    """
+    scorer = known[split] if split in known else experiment.score(split, progress=screen.counter(f"answers {split}"))
     folder.write_predictions(split, scorer.predictions)
     for name, reason in scorer.undefined.items():
         screen.warning(f"{split}/{name} is undefined: {reason}")

@@ -71,11 +71,16 @@ class Objective:
 
 @dataclass
 class Outcome:
-    """A finished training. `best` are the trained tensors at the best scoring."""
+    """A finished training. `best` are the trained tensors at the best scoring.
+
+    The scorers are those of that scoring and of the last one; None where an earlier process did it.
+    """
 
     progress: Progress
     total_steps: int
     best: Tensors | None
+    best_scorer: Scorer | None
+    last_scorer: Scorer | None
 
 
 def train(
@@ -86,7 +91,7 @@ def train(
     *,
     groups: Sequence[Mapping[str, Any]],
     trained: Callable[[], Tensors],
-    score: Callable[[], Mapping[str, float | None]],
+    score: Callable[[], Scorer],
     objective: Objective,
     device: Device,
     recorder: Recorder,
@@ -98,7 +103,7 @@ def train(
     """Train `model` in place on `examples`.
 
     `groups` are the optimizer's parameter groups, `trained` returns copies of the tensors that a checkpoint holds,
-    `score` the metrics of the validation split. With `resume` (whose tensors are already in the model) the remaining
+    `score` scores the validation split. With `resume` (whose tensors are already in the model) the remaining
     steps are exactly those of an uninterrupted training.
 
     Raises:
@@ -111,6 +116,8 @@ def train(
     optimizer, scaler = build_optimizer([dict(group) for group in groups], spec), device.scaler()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     progress, best = Progress(), None
+    best_scorer: Scorer | None = None
+    last_scorer: Scorer | None = None
     if resume is not None:
         progress, best = replace(resume.progress), resume.best
         checkpoints.restore_optimizer(optimizer, resume.optimizer)
@@ -173,11 +180,12 @@ def train(
             recorder.progress(progress, total, logged, lr)
         scoring = progress.step % (spec.eval_every or plan.steps_per_epoch) == 0 or last
         if scoring:
-            metrics = score()
+            last_scorer = score()
+            metrics = last_scorer.result()
             recorder.metrics(progress.step, {f"validation/{name}": value for name, value in metrics.items()})
             if objective.improves(metrics[objective.name], progress.best_value):
                 progress.best_step, progress.best_value, progress.stale = progress.step, metrics[objective.name], 0
-                best = trained()
+                best, best_scorer = trained(), last_scorer
             else:
                 progress.stale += 1
             recorder.scored(progress.step, metrics, best=progress.stale == 0)
@@ -188,7 +196,7 @@ def train(
             )
         if progress.stopped_early:
             break
-    return Outcome(progress, total, best)
+    return Outcome(progress, total, best, best_scorer, last_scorer)
 
 
 def _check_finite(loss: float, norm: float, step: int, lr: float, skipped: int, *, overflow_allowed: bool) -> int:

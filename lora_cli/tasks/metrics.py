@@ -1,7 +1,7 @@
-"""The metrics: numbers from predictions and references. Knows evaluate, scikit-learn and scipy; nothing of tasks.
+"""The metrics: numbers from predictions and references. Knows scikit-learn, scipy and evaluate; nothing of tasks.
 
 Nothing is downloaded: evaluate's own metrics are scripts on the hub, so ours are written here, once, over
-scikit-learn and scipy, and given evaluate's interface.
+scikit-learn and scipy, and can be had with evaluate's interface.
 """
 
 from __future__ import annotations
@@ -88,16 +88,23 @@ METRICS: dict[str, tuple[Callable[[Array, Array], float], str]] = {
 
 
 def score(name: str, *, predictions: Sequence[float], references: Sequence[float]) -> tuple[float | None, str | None]:
-    """(value, None), or (None, why there is none). Ids for a metric of classes, numbers for a correlation."""
-    result = load_metric(name).compute(predictions=predictions, references=references)
-    return result[name], result.get("undefined")
+    """(value, None), or (None, why there is none). Ids for a metric of classes, numbers for a correlation.
+
+    Raises:
+        TypeError: predictions or references of a metric of classes are not whole numbers.
+    """
+    function, dtype = METRICS[name]
+    _check_ids(name, predictions, references)
+    try:
+        return function(np.asarray(references, dtype=dtype), np.asarray(predictions, dtype=dtype)), None
+    except Undefined as reason:
+        return None, str(reason)
 
 
 def load_metric(name: str) -> Any:
-    """A metric as evaluate's users know it; `compute` gives {name: value}, and "undefined": why, if value is None.
+    """A metric with evaluate's interface, for scripts that have it already, such as in `evaluate.combine`.
 
-    Raises (when used):
-        TypeError: predictions or references of a metric of classes are not whole numbers.
+    `compute` gives {name: value}, and "undefined": why, if value is None. It raises what `score` does.
     """
     return _metric_class()(config_name=name, keep_in_memory=True)
 
@@ -112,7 +119,7 @@ def confusion_matrix(references: Sequence[int], predictions: Sequence[int], num_
 
 @functools.cache
 def _metric_class() -> Any:
-    """Built on first use: evaluate takes long to import."""
+    """Built on first use: evaluate takes long to import, so nothing of ours goes this way."""
     import datasets
     import evaluate
 
@@ -131,24 +138,21 @@ def _metric_class() -> Any:
         # evaluate casts silently: without these two a prediction of 0.9 would be scored as class 0.
         def add(self, *, prediction: Any = None, reference: Any = None, **rest: Any) -> None:
             """Add one row."""
-            self._check([prediction], [reference])
+            _check_ids(self.config_name, [prediction], [reference])
             super().add(prediction=prediction, reference=reference, **rest)
 
         def add_batch(self, *, predictions: Any = None, references: Any = None, **rest: Any) -> None:
             """Add rows."""
-            self._check(predictions, references)
+            _check_ids(self.config_name, predictions, references)
             super().add_batch(predictions=predictions, references=references, **rest)
 
-        def _check(self, *columns: Any) -> None:
-            if METRICS[self.config_name][1] == "int64" and any(np.asarray(c).dtype.kind not in "iu" for c in columns):
-                raise TypeError(f"{self.config_name}: predictions and references are ids, whole numbers")
-
         def _compute(self, predictions: Any, references: Any) -> dict[str, float | str | None]:
-            function, dtype = METRICS[self.config_name]
-            try:
-                value = function(np.asarray(references, dtype=dtype), np.asarray(predictions, dtype=dtype))
-            except Undefined as reason:
-                return {self.config_name: None, "undefined": str(reason)}
-            return {self.config_name: value}
+            value, undefined = score(self.config_name, predictions=predictions, references=references)
+            return {self.config_name: value} | ({"undefined": undefined} if undefined else {})
 
     return Metric
+
+
+def _check_ids(name: str, *columns: Any) -> None:
+    if METRICS[name][1] == "int64" and any(np.asarray(column).dtype.kind not in "iu" for column in columns):
+        raise TypeError(f"{name}: predictions and references are ids, whole numbers")

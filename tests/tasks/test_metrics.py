@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from statistics import mean
 
 import numpy as np
@@ -109,9 +111,21 @@ def test_an_undefined_metric_is_none_with_a_reason(name: str, pairs: list[tuple[
 @pytest.mark.parametrize("predictions", [[0.9, 1.0], np.array([0.9, 1.0]), [True, False]])
 def test_a_metric_of_classes_refuses_what_is_no_id(predictions) -> None:
     with pytest.raises(TypeError, match="whole numbers"):
+        score("accuracy", predictions=predictions, references=[0, 1])
+    with pytest.raises(TypeError, match="whole numbers"):
         load_metric("accuracy").compute(predictions=predictions, references=[0, 1])
     with pytest.raises(TypeError, match="whole numbers"):
         load_metric("accuracy").add(prediction=predictions[0], reference=0)
+
+
+def test_scoring_does_not_wait_for_evaluate() -> None:
+    program = """if True:
+        import sys
+        from lora_cli.tasks.metrics import score
+        assert score("accuracy", predictions=[1], references=[1]) == (1.0, None)
+        assert not {"evaluate", "datasets", "torch"} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_f1_refuses_more_than_two_classes() -> None:
