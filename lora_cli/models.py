@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_cli.dropout import quicken
 from lora_cli.errors import ConfigError, ModelError, printable
 from lora_cli.families import layer_groups
 from lora_cli.reader import class_for, decoder_start, load_config, random_config, task_type
@@ -117,6 +118,7 @@ def load_base(
     model.config.pad_token_id = tokenizer.pad_token_id
     # Nothing is generated in training, and a cache would hold every layer's keys and values.
     model.config.use_cache = False
+    quicken(model)
     max_length = _num_positions(model, tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
     return BaseModel(

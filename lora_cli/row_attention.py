@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_cli.dropout import dropout as drop
+
 if TYPE_CHECKING:
     import torch
 
@@ -153,4 +155,5 @@ def _softmax_attention(
     scores = torch.matmul(query * scale, key.transpose(2, 3))
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return torch.matmul(functional.dropout(scores.softmax(-1), dropout), value)
+    weights = scores.softmax(-1)
+    return torch.matmul(drop(weights, dropout) if dropout else weights, value)

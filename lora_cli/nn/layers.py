@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lora_cli.dropout import quicken
 from lora_cli.errors import AdapterError
 from lora_cli.nn.dylora import DrawnRank
 from lora_cli.nn.fused import Placement
@@ -74,6 +75,7 @@ class LoraLayer(nn.Module):
         self.scaling = self.scaling_at(r)
         self.drawn_rank: DrawnRank | None = None
         self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
+        quicken(self.dropout)
         self.placement = placement
         self.A, self.B = shared or self._new_pair(generator)
         self.placement = None if placement is None else placement.to(self.device)
