@@ -1,4 +1,4 @@
-"""The command line in a process of its own that starts in milliseconds, forked from one that has imported torch.
+"""The command line in a process of its own that starts in milliseconds, as `lora compare` starts trainings.
 
 A fresh interpreter takes four seconds of processor time to import what most commands need. A forked one does the same
 in its own current directory, with its own streams and exit code. That every command also starts afresh is tested once
@@ -7,49 +7,29 @@ for each.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
-PRELOADED = [
-    "lora_cli.cli",
-    "lora_cli.experiment",
-    "hydra.main",
-    "transformers.models.auto.tokenization_auto",
-    *(f"transformers.models.{family}.modeling_{family}" for family in ("bert", "gpt2", "llama", "t5")),
-]
+from lora_cli import isolation
+
 SECONDS = 300
 
 
 def run(words: Sequence[str], cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """`lora WORDS` in the folder `cwd`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     with TemporaryDirectory() as name:
         streams = [Path(name) / stream for stream in ("in", "out", "err")]
         for stream, text in zip(streams, (stdin, "", ""), strict=True):
             stream.write_text(text, encoding="utf-8")
-        process = context.Process(target=_command, args=(words, cwd, streams))
-        process.start()
+        with patch.dict(os.environ, COLUMNS="120"):
+            process = isolation.start(words, streams=streams, cwd=cwd)
         process.join(SECONDS)
         if process.exitcode is None:
             process.kill()
             raise subprocess.TimeoutExpired(list(words), SECONDS)
         _, out, err = (stream.read_text(encoding="utf-8") for stream in streams)
     return subprocess.CompletedProcess(list(words), process.exitcode, out, err)
-
-
-def _command(words: Sequence[str], cwd: Path, streams: Sequence[Path]) -> None:
-    from lora_cli.cli import main
-
-    os.chdir(cwd)
-    os.environ["COLUMNS"] = "120"
-    for number, stream in enumerate(streams):
-        os.dup2(os.open(stream, os.O_RDWR), number)
-    # multiprocessing has closed the one there was.
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    sys.exit(main(words))

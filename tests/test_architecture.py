@@ -16,7 +16,7 @@ CONF = PACKAGE.parent / "conf"
 LAYERS = (
     ("errors", "__init__"),
     ("spec",),
-    ("chart", "disk", "dot_plot", "dropout", "families", "hub", "process"),
+    ("chart", "disk", "dot_plot", "dropout", "families", "hub", "isolation", "process"),
     ("row_attention", "screen", "terminal", "tokenizer", "trackers", "words"),
     ("config", "nn", "runs", "sources", "tasks", "unpadded"),
     ("reader",),

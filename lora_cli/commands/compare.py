@@ -6,15 +6,15 @@ Every training is a `lora train` in a process of its own: an ordinary run, whose
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_cli import comparison_view as view
+from lora_cli import isolation
 from lora_cli.config import compose, group_flags, to_plain
 from lora_cli.disk import write_atomic
 from lora_cli.errors import ConfigError, TrainingFailure, UnknownName, UserError, printable
@@ -194,21 +194,14 @@ def _run_train(words: Sequence[str], output: Path) -> int:
     """`lora train` with these words in a process of its own; what it says goes to `output`."""
     with output.open("a", encoding="utf-8") as file:
         file.write(f"$ lora train {shlex.join(words)}\n")
-        file.flush()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lora_cli", "train", *words],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            # Ctrl-C reaches it once, from here, and not from the terminal besides.
-            start_new_session=True,
-        )
-        try:
-            return process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
+    process = isolation.start(["train", *words], streams=[Path(os.devnull), output, output])
+    try:
+        process.join()
+    except BaseException:
+        process.terminate()
+        process.join()
+        raise
+    return process.exitcode or 0
 
 
 def _last_line(output: Path) -> str:

@@ -1,0 +1,49 @@
+"""`lora` command lines in processes of their own that start in milliseconds: forks of one that has done the imports.
+
+That process runs nothing else, so what forks from it has no threads, no locks and no state of a command, and what ends
+or kills one of them costs nobody else anything.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+__all__ = ["start"]
+
+_PRELOADED = ("lora_cli.cli", "lora_cli.experiment", "hydra.main", "transformers.models.auto.tokenization_auto")
+_MODELS = "bert", "gpt2", "llama", "t5"
+"""Families whose code is loaded in advance as well; it has all that the others import of torch and transformers."""
+
+
+def start(words: Sequence[str], *, streams: Sequence[Path], cwd: Path | None = None) -> BaseProcess:
+    """`lora WORDS` in a new process, in a session of its own: Ctrl-C in the terminal does not reach it.
+
+    Its standard input, output and error are the files `streams`; the last two are appended to.
+    """
+    context = multiprocessing.get_context("forkserver")
+    models = (f"transformers.models.{family}.modeling_{family}" for family in _MODELS)
+    context.set_forkserver_preload([*_PRELOADED, *models])
+    # As a process that is started afresh would: the server's folder and environment are those of its own start.
+    here = (str(cwd or Path.cwd()), dict(os.environ))
+    process = context.Process(target=_command, args=(list(words), [str(file) for file in streams], *here))
+    process.start()
+    return process
+
+
+def _command(words: Sequence[str], streams: Sequence[str], cwd: str, environ: Mapping[str, str]) -> None:
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environ)
+    for number, file in enumerate(streams):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND if number else os.O_RDONLY, 0o644), number)
+    # multiprocessing has closed the one there was.
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.argv = ["lora", *words]
+    runpy.run_module("lora_cli", run_name="__main__", alter_sys=True)
