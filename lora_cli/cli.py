@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -51,10 +52,10 @@ def _answer(verb: str, words: list[str]) -> int:
     except LoraError as error:
         _debug()
         return _complain(verb, str(error), 2 if isinstance(error, UserError) else 1)
-    except Terminated:
-        return _complain(verb, "terminated", 128 + signal.SIGTERM)
-    except KeyboardInterrupt:
-        return _complain(verb, "interrupted", 128 + signal.SIGINT)
+    except Terminated as error:
+        return _complain(verb, f"terminated; {error}".removesuffix("; "), 128 + signal.SIGTERM)
+    except KeyboardInterrupt as error:
+        return _complain(verb, f"interrupted; {error}".removesuffix("; "), 128 + signal.SIGINT)
     except BrokenPipeError:
         # The reader went away (`| head`): nothing is wrong, and Python must not complain at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -124,6 +125,11 @@ def _run(verb: str, words: list[str]) -> int:
             failed.append((job, error))
             _complain(verb, f"job {job.sweep_number} ({' '.join(job.overrides)}): {error}", 1)
             return None
+        except KeyboardInterrupt as error:
+            if job.sweep_number is None or job.directory is None:
+                raise
+            rest = shlex.quote(f"hydra.sweep.dir={job.directory.parent}")
+            raise type(error)(f"the same words with resume=auto {rest} do the rest") from error
 
     config.launch(verb, words, run_job, saved=_saved_groups(verb, words))
     if failed:

@@ -22,7 +22,7 @@ from lora_cli.engine.evaluate import evaluate, forward, predict, rehearse
 from lora_cli.engine.generate import generate
 from lora_cli.engine.optim import check_optimizer
 from lora_cli.engine.selfcheck import check_same_logits
-from lora_cli.engine.train import Objective, Outcome, Recorder, train
+from lora_cli.engine.train import Objective, Outcome, Recorder, Stop, train
 from lora_cli.errors import ConfigError
 from lora_cli.models import BaseModel, load_base, save_config
 from lora_cli.nn import (
@@ -139,11 +139,12 @@ class Experiment:
         examples, batch_size = self.data["validation"].examples, self.spec.train.eval_batch_size
         rehearse(self.base.model, self.task, examples, device=self.device, batch_size=batch_size)
 
-    def train(self, recorder: Recorder, resume: Checkpoint | None) -> Outcome:
+    def train(self, recorder: Recorder, resume: Checkpoint | None, stop: Stop) -> Outcome:
         """Train, from `resume` if given, and end with the weights that the run keeps.
 
         Raises:
             TrainingFailure: see `engine.train`.
+            Stopped: `stop` was asked for.
         """
         model, spec, lora = self.base.model, self.spec.train, self.spec.lora
         metric = spec.metric or self.task.primary_metric
@@ -166,6 +167,7 @@ class Experiment:
             dropout_seed=self.spec.seed_for("dropout"),
             resume=resume,
             method=Allocator(adapted_layers(model).values(), lora.adalora) if lora.variant == "adalora" else None,
+            stop=stop,
         )
         if spec.restore_best and outcome.best is not None:
             load_trainable_state(model, outcome.best)

@@ -205,10 +205,21 @@ def _run_train(words: Sequence[str], output: Path) -> int:
         )
         try:
             return process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
+        except BaseException as error:
+            _end(process)
+            if isinstance(error, KeyboardInterrupt):
+                raise type(error)("the same command goes on where it was") from error
             raise
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask a training to save and end, and wait for it; interrupted again, ask again, which it obeys at once."""
+    process.terminate()
+    try:
+        process.wait()
+    except BaseException:
+        process.terminate()
+        raise
 
 
 def _last_line(output: Path) -> str:

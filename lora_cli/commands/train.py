@@ -5,15 +5,17 @@ torch and transformers are imported once the data is known to be good: what a pe
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_cli.config import to_plain
 from lora_cli.disk import atomic_folder, write_atomic
 from lora_cli.errors import RunError
+from lora_cli.process import gentle_stop
 from lora_cli.runs.directory import RunDirectory
 from lora_cli.runs.registry import run_of
 from lora_cli.runs.report import model_card
@@ -52,6 +54,7 @@ def run(spec: TrainRun, *, directory: Path | None = None, overrides: Sequence[st
         return _report(screen, kept, kept.facts()["metrics"], spec.task)
 
     from lora_cli.engine import checkpoint
+    from lora_cli.engine.train import Stopped
     from lora_cli.experiment import Experiment
     from lora_cli.tokenizer import save_tokenizer
 
@@ -60,21 +63,22 @@ def run(spec: TrainRun, *, directory: Path | None = None, overrides: Sequence[st
     experiment.rehearse()
     folder = kept or RunDirectory.create(config, directory=directory, overrides=overrides)
     with folder.held():
-        folder.update(status="running", **experiment.facts())
-        with atomic_folder(folder.tokenizer) as temporary:
-            save_tokenizer(experiment.base.tokenizer, temporary)
         identity = {"configuration": folder.facts()["signature"], **experiment.identity}
         resume = checkpoint.load_newest(folder.checkpoints, identity=identity)
-        folder.cut_metrics(resume.progress.step if resume else 0)
-        if resume is not None:
-            screen.fact("resumes", f"{folder.path} from step {resume.progress.step}")
-        with _recording(folder, screen, spec, identity) as recorder:
-            outcome = experiment.train(recorder, resume)
-        experiment.save(folder.adapter)
-        metrics = {split: _score(experiment, split, folder, screen) for split in _scored_splits(spec)}
-        folder.update(metrics=metrics, steps=outcome.progress.step, best_step=outcome.progress.best_step)
-        write_atomic(folder.adapter / "README.md", model_card(config, folder.facts(), overrides))
-        folder.finish(cost={**experiment.cost(outcome.progress), "wall_s": time.perf_counter() - started})
+        with _noted(folder):
+            folder.update(status="running", **experiment.facts())
+            with atomic_folder(folder.tokenizer) as temporary:
+                save_tokenizer(experiment.base.tokenizer, temporary)
+            folder.cut_metrics(resume.progress.step if resume else 0, scored=not (resume and resume.progress.unscored))
+            if resume is not None:
+                screen.fact("resumes", f"{folder.path} from step {resume.progress.step}")
+            with _recording(folder, screen, spec, identity) as recorder, gentle_stop() as stop, suppress(Stopped):
+                outcome = experiment.train(recorder, resume, stop)
+            experiment.save(folder.adapter)
+            metrics = {split: _score(experiment, split, folder, screen) for split in _scored_splits(spec)}
+            folder.update(metrics=metrics, steps=outcome.progress.step, best_step=outcome.progress.best_step)
+            write_atomic(folder.adapter / "README.md", model_card(config, folder.facts(), overrides))
+            folder.finish(cost={**experiment.cost(outcome.progress), "wall_s": time.perf_counter() - started})
     return _report(screen, folder, metrics, spec.task)
 
 
@@ -144,16 +148,25 @@ class _Recording:
 
 
 @contextmanager
+def _noted(folder: RunDirectory) -> Iterator[None]:
+    """What ends a run before its time goes into its folder; who interrupts it is told how to go on."""
+    try:
+        yield
+    except BaseException as error:
+        folder.stopped(error)
+        if isinstance(error, KeyboardInterrupt):
+            raise type(error)(f"lora resume {shlex.quote(f'run={folder.path}')} continues it") from error
+        raise
+
+
+@contextmanager
 def _recording(
     folder: RunDirectory, screen: Screen, spec: TrainRun, identity: Mapping[str, str]
 ) -> Iterator[_Recording]:
-    """A recorder for the time of a training; how it stopped, if it did, goes into the run folder."""
+    """A recorder for the time of a training."""
     tracker = open_tracker(spec.tracker, folder.path, to_plain(spec))
     try:
         yield _Recording(folder, screen, tracker, spec.train.keep, identity)
-    except BaseException as error:
-        folder.stopped(error)
-        raise
     finally:
         screen.close()
         tracker.close()

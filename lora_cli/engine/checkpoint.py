@@ -52,6 +52,8 @@ class Progress:
     """Scorings since then."""
     stopped_early: bool = False
     """Whether `train.patience` has run out."""
+    unscored: bool = False
+    """Whether the scoring that belongs to this step is still to come."""
 
 
 @dataclass

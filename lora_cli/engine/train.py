@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 
@@ -20,8 +20,9 @@ from lora_cli.engine.selfcheck import Movement
 from lora_cli.errors import TrainingFailure
 from lora_cli.spec import TrainSpec
 
-__all__ = ["Method", "Objective", "Outcome", "Recorder", "train"]
+__all__ = ["Method", "Objective", "Outcome", "Recorder", "Stop", "Stopped", "train"]
 
+T = TypeVar("T")
 _MAX_SKIPPED = 20
 """fp16 steps in a row that may overflow while the loss scale finds its size."""
 
@@ -40,6 +41,31 @@ class Recorder(Protocol):
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         """State to keep for resuming."""
+
+
+class Stop(Protocol):
+    """A wish from outside that the training end before its time."""
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether it is there."""
+
+    def unless_asked(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns. None if the wish is there or comes meanwhile: then `work` need not be done."""
+
+
+class Stopped(Exception):  # noqa: N818
+    """A training has ended before its time, as asked; a checkpoint says where."""
+
+
+class _Never:
+    is_asked = False
+
+    def unless_asked(self, work: Callable[[], T]) -> T | None:
+        return work()
+
+
+_NEVER = _Never()
 
 
 class Method(Protocol):
@@ -94,15 +120,17 @@ def train(
     dropout_seed: int,
     resume: Checkpoint | None = None,
     method: Method | None = None,
+    stop: Stop = _NEVER,
 ) -> Outcome:
     """Train `model` in place on `examples`.
 
     `groups` are the optimizer's parameter groups, `trained` returns copies of the tensors that a checkpoint holds,
     `score` the metrics of the validation split. With `resume` (whose tensors are already in the model) the remaining
-    steps are exactly those of an uninterrupted training.
+    steps are exactly those of an uninterrupted training. `stop` is asked before each micro-step and while scoring.
 
     Raises:
         TrainingFailure: a loss or gradient is not finite, or a self-check fails.
+        Stopped: `stop` was asked for; what is done so far is in a checkpoint.
     """
     plan = BatchPlan(
         [e.num_tokens for e in examples], spec.batch_size, spec.accumulation, spec.length_window, data_seed
@@ -120,7 +148,44 @@ def train(
     # Before the warm-up ends, steps can be too small to change a float.
     watch_until = min(total, max(2, math.ceil(total * spec.warmup) + 1))
     skipped = 0
+    saved_step = resume.progress.step if resume is not None else None
 
+    def save() -> None:
+        nonlocal saved_step
+        # Not over the one that the training began with: from an unscored state the same scoring comes again.
+        if progress.step != saved_step:
+            recorder.checkpoint(
+                Checkpoint(progress, trained(), checkpoints.optimizer_tensors(optimizer), best, scaler.state_dict())
+            )
+            saved_step = progress.step
+
+    def end_early() -> NoReturn:
+        save()
+        raise Stopped
+
+    def score_and_save() -> None:
+        nonlocal best
+        last = progress.step == total
+        scoring = progress.step % (spec.eval_every or plan.steps_per_epoch) == 0 or last
+        progress.unscored = False
+        if scoring:
+            metrics = stop.unless_asked(score)
+            if metrics is None:
+                progress.unscored = True
+                end_early()
+            recorder.metrics(progress.step, {f"validation/{name}": value for name, value in metrics.items()})
+            if objective.improves(metrics[objective.name], progress.best_value):
+                progress.best_step, progress.best_value, progress.stale = progress.step, metrics[objective.name], 0
+                best = trained()
+            else:
+                progress.stale += 1
+            recorder.scored(progress.step, metrics, best=progress.stale == 0)
+            progress.stopped_early = spec.patience is not None and progress.stale >= spec.patience
+        if (progress.step % spec.save_every == 0 if spec.save_every else scoring) or last or progress.stopped_early:
+            save()
+
+    if progress.unscored:
+        score_and_save()
     for step, window in plan.steps(progress.step, total if not progress.stopped_early else progress.step):
         started = time.perf_counter()
         lr = set_rate(optimizer, rate(step, total, spec))
@@ -129,6 +194,8 @@ def train(
         model.train()
         loss_sum = torch.zeros((), device=device.device)
         for number, cpu_batch in enumerate(batches):
+            if stop.is_asked:
+                end_early()
             batch = device.move(cpu_batch)
             # Seeded by the step: dropout then owes nothing to what ran before, be it a scoring or an earlier process.
             device.seed(dropout_seed, step, number)
@@ -163,29 +230,14 @@ def train(
             watch.verify(still=(".new_rows", ".E", *late))
             watch = None
 
-        last = progress.step == total
-        if progress.step % spec.log_every == 0 or last:
+        if progress.step % spec.log_every == 0 or progress.step == total:
             logged = progress.loss_sum / max(1, progress.loss_targets)
             epoch = progress.step / plan.steps_per_epoch
             values = {"epoch": epoch, "train/loss": logged, "train/lr": lr, "train/grad_norm": norm}
             recorder.metrics(progress.step, values)
             progress.loss_sum, progress.loss_targets = 0.0, 0
             recorder.progress(progress, total, logged, lr)
-        scoring = progress.step % (spec.eval_every or plan.steps_per_epoch) == 0 or last
-        if scoring:
-            metrics = score()
-            recorder.metrics(progress.step, {f"validation/{name}": value for name, value in metrics.items()})
-            if objective.improves(metrics[objective.name], progress.best_value):
-                progress.best_step, progress.best_value, progress.stale = progress.step, metrics[objective.name], 0
-                best = trained()
-            else:
-                progress.stale += 1
-            recorder.scored(progress.step, metrics, best=progress.stale == 0)
-            progress.stopped_early = spec.patience is not None and progress.stale >= spec.patience
-        if (progress.step % spec.save_every == 0 if spec.save_every else scoring) or last or progress.stopped_early:
-            recorder.checkpoint(
-                Checkpoint(progress, trained(), checkpoints.optimizer_tensors(optimizer), best, scaler.state_dict())
-            )
+        score_and_save()
         if progress.stopped_early:
             break
     return Outcome(progress, total, best)

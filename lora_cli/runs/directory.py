@@ -127,13 +127,17 @@ class RunDirectory:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(_json_line(values))
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop lines after `step`, and a torn last one: the log of a resumed run has no step twice."""
+    def cut_metrics(self, step: int, *, scored: bool = True) -> None:
+        """Drop lines after `step`, and a torn last one: the log of a resumed run has no step twice.
+
+        If that step is not `scored` its scoring comes again, so a line of an earlier one is dropped too.
+        """
         file = self.path / "metrics.jsonl"
         kept = []
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
             with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
-                if json.loads(line)["step"] <= step:
+                row = json.loads(line)
+                if row["step"] < step or (row["step"] == step and (scored or "train/loss" in row)):
                     kept.append(line + "\n")
         write_atomic(file, "".join(kept))
 

@@ -85,7 +85,7 @@ def test_a_killed_training_resumes_and_an_interrupted_one_says_one_line(interrup
     assert interrupted["codes"] == [-signal.SIGKILL, 130, 0], interrupted
     assert 0 < interrupted["steps"][0] < 36 <= interrupted["steps"][1] + 36 < 108
     assert interrupted["status"] == "interrupted"
-    assert interrupted["err"].splitlines()[-1].endswith("interrupted")
+    assert interrupted["err"].splitlines()[-1].endswith("interrupted; lora resume run=run continues it")
     assert "Traceback" not in interrupted["err"]
     assert "from step" in interrupted["last"]
 

@@ -44,8 +44,10 @@ def model() -> Bag:
     return Bag(dropout=0.3)
 
 
-def run(model: Bag, spec: TrainSpec, *, data: list[Item] | None = None, resume=None) -> tuple[Outcome, Notes]:
-    notes, device = Notes(), open_device(DeviceSpec(name="cpu"))
+def run(
+    model: Bag, spec: TrainSpec, *, data: list[Item] | None = None, resume=None, notes=None, **more
+) -> tuple[Outcome, Notes]:
+    notes, device = notes or Notes(), open_device(DeviceSpec(name="cpu"))
     if resume is not None:
         model.load_state_dict(resume.trained, strict=False)
     outcome = train(
@@ -62,6 +64,7 @@ def run(model: Bag, spec: TrainSpec, *, data: list[Item] | None = None, resume=N
         data_seed=1,
         dropout_seed=2,
         resume=resume,
+        **more,
     )
     return outcome, notes
 
