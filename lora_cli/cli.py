@@ -17,7 +17,7 @@ from typing import Any
 from lora_cli import __version__
 from lora_cli.errors import ConfigError, LoraError, UserError, nearest, printable
 from lora_cli.process import Terminated, outlive_readers, signals_and_warnings
-from lora_cli.spec import BASE_KEYS, VERBS
+from lora_cli.spec import BASE_KEYS, VERBS, ResumeRun, nested_specs
 from lora_cli.words import value_of
 
 __all__ = ["main"]
@@ -103,6 +103,8 @@ def _run(verb: str, words: list[str]) -> int:
     failed: list[tuple[config.Job, LoraError]] = []
     outputs: set[str | None] = set()
     _check_folder(verb, words)
+    if verb == "resume":
+        _check_changes(words)
     if verb == "eval" and "," in (value_of("lora.r", words) or ""):
         # Several ranks are one question about one run, so they need no -m.
         words = ["-m", *words]
@@ -145,6 +147,17 @@ def _check_folder(verb: str, words: Sequence[str]) -> None:
         raise ConfigError("hydra.run.dir", folder, f"lora {verb} makes no folder of a run; leave it out")
 
 
+def _check_changes(words: Sequence[str]) -> None:
+    """Refuse to change of a run that goes on what would make another one of it."""
+    allowed = [
+        f"{name}.{key}" for name, specs in nested_specs(ResumeRun) for spec in specs for key, _ in nested_specs(spec)
+    ]
+    for word in words:
+        key, _, value = word.lstrip("+~").partition("=")
+        if not word.startswith("-") and key not in ("run", "tracker", *allowed) and not key.startswith("hydra."):
+            raise ConfigError(printable(key), value, f"is the run's own; what may change is {', '.join(allowed)}")
+
+
 def _saved_groups(verb: str, words: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
     """What the run named by run= contributes to the config of eval and infer."""
     from lora_cli.config import SAVED_GROUPS
@@ -180,7 +193,7 @@ def _complete(words: list[str]) -> int:
     verb = before[1]
     if verb not in VERBS:
         return 0
-    if current.startswith("run=") and verb in (*_RUN_VERBS, *_ADAPTER_VERBS):
+    if current.startswith("run=") and verb in ("resume", *_RUN_VERBS, *_ADAPTER_VERBS):
         names = ["latest", *sorted(path.parent.name for path in Path("runs").glob("*/run.json"))]
         print("\n".join(f"run={name}" for name in dict.fromkeys(names) if f"run={name}".startswith(current)))
         return 0

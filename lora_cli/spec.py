@@ -57,9 +57,12 @@ __all__ = [
     "LoraSpec",
     "MergeRun",
     "ModelSpec",
+    "ProlongSpec",
     "RankSpec",
+    "ResumeRun",
     "TaskSpec",
     "TextSpec",
+    "ThreadsSpec",
     "TrackerSpec",
     "TrainRun",
     "TrainSpec",
@@ -660,6 +663,55 @@ class TrainRun:
 
 
 @dataclass(kw_only=True)
+class ProlongSpec:
+    """What may change of a training that goes on."""
+
+    max_steps: int | None = None
+    """Stop after this many steps, more than before; None: as it was."""
+    epochs: float | None = None
+    """Passes over the training rows, more than before; None: as it was."""
+    patience: int | None = None
+    """Stop after this many scorings in a row without a better metric, more than before; None: as it was."""
+    log_every: int | None = None
+    """Steps between two lines of metrics; None: as it was."""
+    save_every: int | None = None
+    """Write a checkpoint every so many steps; None: as it was."""
+    keep: int | None = None
+    """Newest checkpoints kept; None: as it was."""
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None:
+            _positive("train.epochs", self.epochs)
+        for name in ("max_steps", "patience", "log_every", "save_every", "keep"):
+            _at_least(f"train.{name}", getattr(self, name), 1, optional=True)
+
+
+@dataclass(kw_only=True)
+class ThreadsSpec:
+    """The machine, as far as it may be chosen for a training that goes on."""
+
+    threads: int | None = None
+    """CPU threads; None: as it was. With another number than before the run is refused: it would round differently."""
+
+    def __post_init__(self) -> None:
+        _at_least("device.threads", self.threads, 1, optional=True)
+
+
+@dataclass(kw_only=True)
+class ResumeRun:
+    """lora resume: continue a run from its own folder, or prolong it."""
+
+    run: str = "???"
+    """Run folder, unique prefix of its name, or latest: the one that was started last."""
+    train: ProlongSpec = field(default_factory=ProlongSpec)
+    """What may change of the training."""
+    device: ThreadsSpec = field(default_factory=ThreadsSpec)
+    """The machine."""
+    tracker: TrackerSpec | None = None
+    """Further records; the run's own unless given."""
+
+
+@dataclass(kw_only=True)
 class RankSpec:
     """Which of the ranks of a DyLoRA adapter is used."""
 
@@ -1006,6 +1058,7 @@ class CompareRun:
 
 VERBS: dict[str, type] = {
     "train": TrainRun,
+    "resume": ResumeRun,
     "eval": EvalRun,
     "infer": InferRun,
     "chat": ChatRun,

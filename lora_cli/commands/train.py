@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_cli.config import to_plain
 from lora_cli.disk import atomic_folder, write_atomic
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lora_cli.engine.checkpoint import Checkpoint, Progress
     from lora_cli.experiment import Experiment
 
-__all__ = ["run"]
+__all__ = ["complete", "load_splits", "newest_checkpoint", "prepare", "report", "run"]
 
 Metrics = Mapping[str, float | None]
 
@@ -48,42 +48,96 @@ def run(spec: TrainRun, *, directory: Path | None = None, overrides: Sequence[st
     if kept is None and directory is not None:
         RunDirectory.check_free(directory)
     task = build_task(spec.task)
-    rows = _load_rows(spec, task, screen)
+    rows = load_splits(spec, task, screen)
+    if kept is not None and kept.facts()["status"] != "finished" and kept.facts().get("extended"):
+        raise RunError(f"{kept.path}: was prolonged since; lora resume {shlex.quote(f'run={kept.path}')} continues it")
     if kept is not None and kept.facts()["status"] == "finished":
         _check_same_rows(kept, rows)
-        return _report(screen, kept, kept.facts()["metrics"], spec.task)
+        return report(screen, kept, kept.facts()["metrics"], spec.task)
 
-    from lora_cli.engine import checkpoint
-    from lora_cli.engine.train import Stopped
+    experiment = prepare(spec, task, rows, screen)
+    folder = kept or RunDirectory.create(config, directory=directory, overrides=overrides)
+    with folder.held():
+        resume = newest_checkpoint(experiment, folder)
+        metrics = complete(experiment, folder, resume, screen, overrides=overrides, started=started)
+    return report(screen, folder, metrics, spec.task)
+
+
+def prepare(spec: TrainRun, task: Task, rows: Mapping[str, Rows], screen: Screen) -> Experiment:
+    """Everything that the training needs, shown and rehearsed.
+
+    Raises:
+        UserError: something given does not fit.
+        TrainingFailure: a self-check fails.
+    """
     from lora_cli.experiment import Experiment
-    from lora_cli.tokenizer import save_tokenizer
 
     experiment = Experiment.build(spec, task, rows)
     _show(screen, experiment)
     experiment.rehearse()
-    folder = kept or RunDirectory.create(config, directory=directory, overrides=overrides)
-    with folder.held():
-        identity = {"configuration": folder.facts()["signature"], **experiment.identity}
-        resume = checkpoint.load_newest(folder.checkpoints, identity=identity)
-        with _noted(folder):
-            folder.update(status="running", **experiment.facts())
-            with atomic_folder(folder.tokenizer) as temporary:
-                save_tokenizer(experiment.base.tokenizer, temporary)
-            folder.cut_metrics(resume.progress.step if resume else 0, scored=not (resume and resume.progress.unscored))
-            if resume is not None:
-                screen.fact("resumes", f"{folder.path} from step {resume.progress.step}")
-            with _recording(folder, screen, spec, identity) as recorder, gentle_stop() as stop, suppress(Stopped):
-                outcome = experiment.train(recorder, resume, stop)
-            experiment.save(folder.adapter)
-            metrics = {split: _score(experiment, split, folder, screen) for split in _scored_splits(spec)}
-            folder.update(metrics=metrics, steps=outcome.progress.step, best_step=outcome.progress.best_step)
-            write_atomic(folder.adapter / "README.md", model_card(config, folder.facts(), overrides))
-            folder.finish(cost={**experiment.cost(outcome.progress), "wall_s": time.perf_counter() - started})
-    return _report(screen, folder, metrics, spec.task)
+    return experiment
 
 
-def _load_rows(spec: TrainRun, task: Task, screen: Screen) -> dict[str, Rows]:
-    """Every split that the run reads, with its labels known, and a warning for what looks wrong."""
+def newest_checkpoint(experiment: Experiment, folder: RunDirectory) -> Checkpoint | None:
+    """The state from which the run in `folder` goes on, if any.
+
+    Raises:
+        RunError: data, base model, machine or libraries are not those it was begun with.
+    """
+    from lora_cli.engine import checkpoint
+
+    return checkpoint.load_newest(folder.checkpoints, identity=_identity(experiment, folder))
+
+
+def complete(
+    experiment: Experiment,
+    folder: RunDirectory,
+    resume: Checkpoint | None,
+    screen: Screen,
+    *,
+    overrides: Sequence[str],
+    started: float,
+    **facts: Any,
+) -> dict[str, Metrics]:
+    """Train from `resume` or the start to the end, save and score; `facts` go into run.json when it begins.
+
+    Raises:
+        TrainingFailure: the training cannot go on; its checkpoints stay.
+    """
+    from lora_cli.engine.train import Stopped
+    from lora_cli.tokenizer import save_tokenizer
+
+    spec = experiment.spec
+    with _noted(folder):
+        folder.update(status="running", **experiment.facts(), **facts)
+        with atomic_folder(folder.tokenizer) as temporary:
+            save_tokenizer(experiment.base.tokenizer, temporary)
+        folder.cut_metrics(resume.progress.step if resume else 0, scored=not (resume and resume.progress.unscored))
+        if resume is not None:
+            screen.fact("resumes", f"{folder.path} from step {resume.progress.step}")
+        recording = _recording(folder, screen, spec, _identity(experiment, folder))
+        with recording as recorder, gentle_stop() as stop, suppress(Stopped):
+            outcome = experiment.train(recorder, resume, stop)
+        experiment.save(folder.adapter)
+        metrics: dict[str, Metrics] = {
+            split: _score(experiment, split, folder, screen) for split in _scored_splits(spec)
+        }
+        folder.update(metrics=metrics, steps=outcome.progress.step, best_step=outcome.progress.best_step)
+        write_atomic(folder.adapter / "README.md", model_card(to_plain(spec), folder.facts(), overrides))
+        folder.finish(cost={**experiment.cost(outcome.progress), "wall_s": time.perf_counter() - started})
+    return metrics
+
+
+def _identity(experiment: Experiment, folder: RunDirectory) -> dict[str, str]:
+    return {"configuration": folder.facts()["signature"], **experiment.identity}
+
+
+def load_splits(spec: TrainRun, task: Task, screen: Screen) -> dict[str, Rows]:
+    """Every split that the run reads, with its labels known, and a warning for what looks wrong.
+
+    Raises:
+        DataError: a file, a column or a row cannot be used.
+    """
     needed = list(dict.fromkeys(["train", "validation", *_scored_splits(spec)]))
     rows = load_rows(task, needed, seed=spec.seed_for("data"))
     task.fit_labels(rows["train"])
@@ -222,7 +276,7 @@ def _ranks(ranks: Sequence[int]) -> str:
     return "/".join(map(str, sorted(set(ranks))))
 
 
-def _report(screen: Screen, folder: RunDirectory, metrics: Mapping[str, Metrics], task: TaskSpec) -> float | None:
+def report(screen: Screen, folder: RunDirectory, metrics: Mapping[str, Metrics], task: TaskSpec) -> float | None:
     """The last lines: results, where they are, what to type next."""
     screen.results(metrics)
     word = "prompt" if isinstance(task, TextSpec) else "text"

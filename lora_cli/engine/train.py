@@ -20,7 +20,7 @@ from lora_cli.engine.selfcheck import Movement
 from lora_cli.errors import TrainingFailure
 from lora_cli.spec import TrainSpec
 
-__all__ = ["Method", "Objective", "Outcome", "Recorder", "Stop", "Stopped", "train"]
+__all__ = ["Method", "Objective", "Outcome", "Recorder", "Stop", "Stopped", "total_steps", "train"]
 
 T = TypeVar("T")
 _MAX_SKIPPED = 20
@@ -135,12 +135,14 @@ def train(
     plan = BatchPlan(
         [e.num_tokens for e in examples], spec.batch_size, spec.accumulation, spec.length_window, data_seed
     )
-    total = spec.max_steps or math.ceil(spec.epochs * plan.steps_per_epoch)
+    total = _total(spec, plan)
     optimizer, scaler = build_optimizer([dict(group) for group in groups], spec), device.scaler()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     progress, best = Progress(), None
     if resume is not None:
         progress, best = replace(resume.progress), resume.best
+        # Anew: a training that goes on may be given more patience.
+        progress.stopped_early = _has_lost_patience(progress, spec)
         checkpoints.restore_optimizer(optimizer, resume.optimizer)
         if resume.scaler:
             scaler.load_state_dict(resume.scaler)
@@ -180,7 +182,7 @@ def train(
             else:
                 progress.stale += 1
             recorder.scored(progress.step, metrics, best=progress.stale == 0)
-            progress.stopped_early = spec.patience is not None and progress.stale >= spec.patience
+            progress.stopped_early = _has_lost_patience(progress, spec)
         if (progress.step % spec.save_every == 0 if spec.save_every else scoring) or last or progress.stopped_early:
             save()
 
@@ -241,6 +243,19 @@ def train(
         if progress.stopped_early:
             break
     return Outcome(progress, total, best)
+
+
+def total_steps(spec: TrainSpec, num_examples: int) -> int:
+    """Steps that a training on so many examples takes, unless its patience ends it."""
+    return _total(spec, BatchPlan([0] * num_examples, spec.batch_size, spec.accumulation, 1, 0))
+
+
+def _total(spec: TrainSpec, plan: BatchPlan) -> int:
+    return spec.max_steps or math.ceil(spec.epochs * plan.steps_per_epoch)
+
+
+def _has_lost_patience(progress: Progress, spec: TrainSpec) -> bool:
+    return spec.patience is not None and progress.stale >= spec.patience
 
 
 def _check_finite(loss: float, norm: float, step: int, lr: float, skipped: int, *, overflow_allowed: bool) -> int:

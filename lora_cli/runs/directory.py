@@ -122,6 +122,11 @@ class RunDirectory:
         """
         return checked_facts(read_json(self.path / "run.json"), self.path)
 
+    def overrides(self) -> list[str]:
+        """The words that made the run."""
+        with open_plain(self.path / "overrides.txt", RunError, limit=MAX_CONFIG_BYTES) as file:
+            return file.read(MAX_CONFIG_BYTES).decode(errors="replace").splitlines()
+
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, on disk when this returns."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
