@@ -29,7 +29,7 @@ _ADAPTER_VERBS = ("inspect", "export")
 """Verbs that look at the adapter of a saved run alone."""
 _ANSWERING_VERBS = ("infer", "chat")
 """Verbs that have nothing left to do when nobody reads what they say."""
-_WRITING_VERBS = ("train", "compare", "eval")
+_WRITING_VERBS = ("train", "rerun", "compare", "eval")
 """Verbs whose files go to a folder that hydra.run.dir may choose."""
 
 
@@ -193,7 +193,7 @@ def _complete(words: list[str]) -> int:
     verb = before[1]
     if verb not in VERBS:
         return 0
-    if current.startswith("run=") and verb in ("resume", *_RUN_VERBS, *_ADAPTER_VERBS):
+    if current.startswith("run=") and verb in ("resume", "verify", "rerun", *_RUN_VERBS, *_ADAPTER_VERBS):
         names = ["latest", *sorted(path.parent.name for path in Path("runs").glob("*/run.json"))]
         print("\n".join(f"run={name}" for name in dict.fromkeys(names) if f"run={name}".startswith(current)))
         return 0

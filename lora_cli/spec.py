@@ -59,6 +59,7 @@ __all__ = [
     "ModelSpec",
     "ProlongSpec",
     "RankSpec",
+    "RerunRun",
     "ResumeRun",
     "TaskSpec",
     "TextSpec",
@@ -66,6 +67,8 @@ __all__ = [
     "TrackerSpec",
     "TrainRun",
     "TrainSpec",
+    "VerifyRun",
+    "VerifySpec",
     "nested_specs",
 ]
 
@@ -672,8 +675,6 @@ class ProlongSpec:
     """Passes over the training rows, more than before; None: as it was."""
     patience: int | None = None
     """Stop after this many scorings in a row without a better metric, more than before; None: as it was."""
-    log_every: int | None = None
-    """Steps between two lines of metrics; None: as it was."""
     save_every: int | None = None
     """Write a checkpoint every so many steps; None: as it was."""
     keep: int | None = None
@@ -682,7 +683,7 @@ class ProlongSpec:
     def __post_init__(self) -> None:
         if self.epochs is not None:
             _positive("train.epochs", self.epochs)
-        for name in ("max_steps", "patience", "log_every", "save_every", "keep"):
+        for name in ("max_steps", "patience", "save_every", "keep"):
             _at_least(f"train.{name}", getattr(self, name), 1, optional=True)
 
 
@@ -709,6 +710,42 @@ class ResumeRun:
     """The machine."""
     tracker: TrackerSpec | None = None
     """Further records; the run's own unless given."""
+
+
+@dataclass(kw_only=True)
+class VerifySpec:
+    """What is trained again."""
+
+    steps: int = 20
+    """Train at least so many steps again, up to the next line of metrics; 0: none."""
+    start: str = "beginning"
+    """beginning, or checkpoint: the last but one (train.keep=2), from which the last steps are trained again."""
+
+    def __post_init__(self) -> None:
+        _at_least("verify.steps", self.steps, 0)
+        _one_of("verify.start", self.start, ("beginning", "checkpoint"), "start")
+
+
+@dataclass(kw_only=True)
+class VerifyRun:
+    """lora verify: check a finished run's files, train some of it again and score it again."""
+
+    run: str = "???"
+    """Run folder, unique prefix of its name, or latest."""
+    verify: VerifySpec = field(default_factory=VerifySpec)
+    """What is trained again."""
+    device: DeviceSpec | None = None
+    """The machine; the run's own unless given."""
+
+
+@dataclass(kw_only=True)
+class RerunRun:
+    """lora rerun: make a run again from its own folder alone, and tell what differs."""
+
+    run: str = "???"
+    """Run folder, unique prefix of its name, or latest."""
+    device: DeviceSpec | None = None
+    """The machine; the run's own unless given."""
 
 
 @dataclass(kw_only=True)
@@ -1059,6 +1096,8 @@ class CompareRun:
 VERBS: dict[str, type] = {
     "train": TrainRun,
     "resume": ResumeRun,
+    "verify": VerifyRun,
+    "rerun": RerunRun,
     "eval": EvalRun,
     "infer": InferRun,
     "chat": ChatRun,

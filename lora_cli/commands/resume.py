@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from lora_cli.engine.checkpoint import Progress
     from lora_cli.experiment import Experiment
 
-__all__ = ["run"]
+__all__ = ["GOALS", "as_extended", "run"]
 
-_GOALS = ("max_steps", "epochs", "patience")
+GOALS = ("max_steps", "epochs", "patience")
 """Keys of train.* that say when a training ends; they may grow."""
 
 
@@ -38,7 +38,7 @@ def run(spec: ResumeRun, *, directory: Path | None = None, overrides: Sequence[s
     started, screen = time.perf_counter(), Screen()
     folder = find_started(spec.run)
     facts = folder.facts()
-    before = _as_extended(read_train_run(read_saved_config(folder.path)), facts.get("extended", []))
+    before = as_extended(read_train_run(read_saved_config(folder.path)), facts.get("extended", []))
     goals = _grown(spec.train, before)
     if facts["status"] == "finished" and not goals:
         return train.report(screen, folder, facts["metrics"], before.task)
@@ -59,10 +59,10 @@ def run(spec: ResumeRun, *, directory: Path | None = None, overrides: Sequence[s
     return train.report(screen, folder, metrics, goal.task)
 
 
-def _as_extended(spec: TrainRun, extended: Sequence[Mapping[str, Any]]) -> TrainRun:
+def as_extended(spec: TrainRun, extended: Sequence[Mapping[str, Any]]) -> TrainRun:
     """What a run is trained by that was begun with `spec` and prolonged since."""
     for change in extended:
-        goals = {name: change[name] for name in _GOALS if change.get(name) is not None}
+        goals = {name: change[name] for name in GOALS if change.get(name) is not None}
         spec = replace(spec, train=replace(spec.train, **goals))
     return spec
 
@@ -74,7 +74,7 @@ def _grown(asked: ProlongSpec, before: TrainRun) -> dict[str, Any]:
         ConfigError: one would come earlier, or has no say.
     """
     known = asdict(before.train)
-    goals = {name: value for name, value in asdict(asked).items() if name in _GOALS and value is not None}
+    goals = {name: value for name, value in asdict(asked).items() if name in GOALS and value is not None}
     goals = {name: value for name, value in goals.items() if value != known[name]}
     for name, value in goals.items():
         if known[name] is not None and value < known[name]:

@@ -17,6 +17,7 @@ from lora_cli.disk import atomic_folder, write_atomic
 from lora_cli.errors import RunError
 from lora_cli.process import gentle_stop
 from lora_cli.runs.directory import RunDirectory
+from lora_cli.runs.manifest import write_manifest
 from lora_cli.runs.registry import run_of
 from lora_cli.runs.report import model_card
 from lora_cli.screen import Screen, count
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from lora_cli.engine.checkpoint import Checkpoint, Progress
     from lora_cli.experiment import Experiment
 
-__all__ = ["complete", "load_splits", "newest_checkpoint", "prepare", "report", "run"]
+__all__ = ["complete", "load_splits", "make", "newest_checkpoint", "prepare", "report", "run"]
 
 Metrics = Mapping[str, float | None]
 
@@ -48,19 +49,36 @@ def run(spec: TrainRun, *, directory: Path | None = None, overrides: Sequence[st
     if kept is None and directory is not None:
         RunDirectory.check_free(directory)
     task = build_task(spec.task)
+    if kept is None:
+        folder, metrics = make(spec, task, screen, directory=directory, overrides=overrides, started=started)
+        return report(screen, folder, metrics, spec.task)
     rows = load_splits(spec, task, screen)
-    if kept is not None and kept.facts()["status"] != "finished" and kept.facts().get("extended"):
+    if kept.facts()["status"] != "finished" and kept.facts().get("extended"):
         raise RunError(f"{kept.path}: was prolonged since; lora resume {shlex.quote(f'run={kept.path}')} continues it")
-    if kept is not None and kept.facts()["status"] == "finished":
+    if kept.facts()["status"] == "finished":
         _check_same_rows(kept, rows)
         return report(screen, kept, kept.facts()["metrics"], spec.task)
 
     experiment = prepare(spec, task, rows, screen)
-    folder = kept or RunDirectory.create(config, directory=directory, overrides=overrides)
+    with kept.held():
+        resume = newest_checkpoint(experiment, kept)
+        metrics = complete(experiment, kept, resume, screen, overrides=overrides, started=started)
+    return report(screen, kept, metrics, spec.task)
+
+
+def make(
+    spec: TrainRun, task: Task, screen: Screen, *, directory: Path | None, overrides: Sequence[str], started: float
+) -> tuple[RunDirectory, dict[str, Metrics]]:
+    """A new run from the first step to the last: its folder, and the metrics of the scored splits.
+
+    Raises:
+        UserError: something given does not fit.
+        TrainingFailure: the training cannot go on; its checkpoints stay.
+    """
+    experiment = prepare(spec, task, load_splits(spec, task, screen), screen)
+    folder = RunDirectory.create(to_plain(spec), directory=directory, overrides=overrides)
     with folder.held():
-        resume = newest_checkpoint(experiment, folder)
-        metrics = complete(experiment, folder, resume, screen, overrides=overrides, started=started)
-    return report(screen, folder, metrics, spec.task)
+        return folder, complete(experiment, folder, None, screen, overrides=overrides, started=started)
 
 
 def prepare(spec: TrainRun, task: Task, rows: Mapping[str, Rows], screen: Screen) -> Experiment:
@@ -125,6 +143,7 @@ def complete(
         folder.update(metrics=metrics, steps=outcome.progress.step, best_step=outcome.progress.best_step)
         write_atomic(folder.adapter / "README.md", model_card(to_plain(spec), folder.facts(), overrides))
         folder.finish(cost={**experiment.cost(outcome.progress), "wall_s": time.perf_counter() - started})
+        write_manifest(folder.path)
     return metrics
 
 

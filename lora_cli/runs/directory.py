@@ -1,7 +1,7 @@
 """A run folder: its name, its files, its status. Files are written whole or not at all; logs grow by whole lines.
 
     runs/2026-11-22_sst2_minilm_r8_1a2b3c4d/
-        config.yaml  overrides.txt  run.json  metrics.jsonl  log.txt
+        config.yaml  overrides.txt  run.json  metrics.jsonl  log.txt  manifest.json
         adapter/  tokenizer/  checkpoints/step-000500/  predictions/validation.jsonl  eval/<split>/
 
 What is read back is data from outside: plain values only, of bounded size, nothing resolved or instantiated.
