@@ -110,7 +110,7 @@ def _training(
 
 
 def _last_step_again(rows: Sequence[Row], steps: int, extended: Sequence[Mapping[str, Any]]) -> int:
-    """The first line of metrics at which so many steps are done, or the last one of the schedule that the run began by."""
+    """The first line of metrics at which so many steps are done, or the last one before the run was prolonged."""
     last = extended[0]["step"] if extended else rows[-1]["step"]
     logged = [row["step"] for row in rows if "train/loss" in row and row["step"] <= last]
     return min((step for step in logged if step >= steps), default=max(logged, default=0))

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from commands.conftest import FILMS, TINY, read_jsonl, write_films
+from commands.conftest import FILMS, TINY, contents, read_jsonl, write_films
 from commands.test_resume import files
-from commands.test_stop import before, contents  # noqa: F401 - before is a fixture
 
 STEADY = (
     "train",
@@ -43,7 +42,7 @@ def facts(run: Path = Path("run")) -> dict:
     return json.loads((run / "run.json").read_text())
 
 
-def test_an_interrupted_run_goes_on_from_its_folder_wherever_that_is(films, call, before, tmp_path) -> None:  # noqa: F811
+def test_an_interrupted_run_goes_on_from_its_folder_wherever_that_is(films, call, before, tmp_path) -> None:
     words = (*STEADY, "train.max_steps=6")
     assert call(*words, "hydra.run.dir=whole").code == 0
     before("engine.train:forward", 3, lambda: signal.raise_signal(signal.SIGTERM))
@@ -57,7 +56,8 @@ def test_an_interrupted_run_goes_on_from_its_folder_wherever_that_is(films, call
     assert contents(moved) == contents(Path("whole"))
 
 
-def test_latest_is_the_run_that_was_started_last(films, call, before) -> None:  # noqa: F811
+@pytest.mark.slow
+def test_latest_is_the_run_that_was_started_last(films, call, before) -> None:
     assert call(*STEADY, "train.max_steps=2").code == 0
     before("engine.train:forward", 2, lambda: signal.raise_signal(signal.SIGINT))
     assert call(*STEADY, "train.max_steps=4", "seed=1").code == 130
@@ -95,7 +95,8 @@ def test_a_schedule_that_falls_is_said_to_be_another_one(films, call) -> None:
     assert [row["step"] for row in read_jsonl(Path("run/metrics.jsonl")) if "train/loss" in row] == [4, 8]
 
 
-def test_a_prolonged_run_that_is_interrupted_goes_on_to_its_new_end(steady, call, before) -> None:  # noqa: F811
+@pytest.mark.slow
+def test_a_prolonged_run_that_is_interrupted_goes_on_to_its_new_end(steady, call, before) -> None:
     before("engine.train:forward", 2, lambda: signal.raise_signal(signal.SIGTERM))
     assert call("resume", "run=run", "train.max_steps=8").code == 143
     answer = call(*STEADY, "train.max_steps=4", "hydra.run.dir=run", "resume=auto")
@@ -108,6 +109,7 @@ def test_a_prolonged_run_that_is_interrupted_goes_on_to_its_new_end(steady, call
     assert contents(steady) == contents(Path("whole"))
 
 
+@pytest.mark.slow
 def test_more_patience_lets_a_run_go_on_that_had_lost_it(films, call) -> None:
     words = ("train", *TINY, *FILMS, "train.eval_every=1", "train.max_steps=9", "train.lr=1e-6")
     assert call(*words, "train.patience=2", "hydra.run.dir=run").code == 0

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import pkgutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from commands.conftest import FILMS, TINY, write_films
+from commands.conftest import FILMS, TINY, contents, write_films
 
 WORDS = ("train", *TINY, *FILMS, "train.max_steps=6", "train.eval_every=2", "train.log_every=3", "hydra.run.dir=run")
-COMPARED = ("adapter/adapter_model.safetensors", "metrics.jsonl", "predictions/validation.jsonl")
 SIGNALS = [
     (signal.SIGINT, 130, "interrupted"),
     (signal.SIGTERM, 143, "terminated"),
@@ -34,42 +31,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory, forked) -> dict[str, bytes]:
     return contents(home / "run")
 
 
-def contents(run: Path) -> dict[str, bytes]:
-    return {name: (run / name).read_bytes() for name in COMPARED}
-
-
-@pytest.fixture
-def before(monkeypatch) -> Callable[..., None]:
-    """Do something before the n-th call of a function of the package: before("engine.train:forward", 3, act)."""
-
-    def patch(name: str, number: int, act: Callable[[], object]) -> None:
-        owner, _, attribute = f"lora_cli.{name}".replace(":", ".").rpartition(".")
-        function, calls = getattr(pkgutil.resolve_name(owner), attribute), iter(range(1, 1000))
-
-        def wrapped(*args, **kwargs):
-            if next(calls) == number:
-                act()
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(pkgutil.resolve_name(owner), attribute, wrapped)
-
-    return patch
-
-
 def newest_progress() -> dict[str, object]:
     newest = max(Path("run/checkpoints").glob("step-*"), default=None)
     return json.loads((newest / "state.json").read_text())["progress"] if newest else {}
 
 
 MOMENTS = [
-    ("engine.train:forward", 1, 1, False),
+    pytest.param("engine.train:forward", 1, 1, False, marks=pytest.mark.slow),
     ("engine.train:forward", 3, 3, False),
-    ("engine.train:forward", 4, 4, True),
+    pytest.param("engine.train:forward", 4, 4, True, marks=pytest.mark.slow),
     ("experiment:Experiment.score", 2, 4, True),
-    ("experiment:Experiment.score", 3, 6, True),
-    ("engine.checkpoint:save", 2, 4, False),
-    ("runs.directory:RunDirectory.append_metrics", 3, 4, False),
-    ("experiment:Experiment.save", 1, 6, False),
+    pytest.param("experiment:Experiment.score", 3, 6, True, marks=pytest.mark.slow),
+    pytest.param("engine.checkpoint:save", 2, 4, False, marks=pytest.mark.slow),
+    pytest.param("runs.directory:RunDirectory.append_metrics", 3, 4, False, marks=pytest.mark.slow),
+    pytest.param("experiment:Experiment.save", 1, 6, False, marks=pytest.mark.slow),
     ("experiment:Experiment.score", 4, 6, False),
 ]
 """Before which call the signal comes, the step that is kept, and whether its scoring is still to come."""

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from commands.conftest import FILMS, TINY, read_jsonl, write_films
+from commands.conftest import FILMS, TINY, contents, read_jsonl, write_films
 from commands.test_resume import files
-from commands.test_stop import contents
 
 WORDS = ("train", *TINY, *FILMS, "train.max_steps=6", "train.eval_every=3", "train.log_every=2")
 KEPT = ("train.save_every=2", "train.keep=3", "train.schedule=constant", "train.warmup=0", "task.extra_splits=[test]")
@@ -58,6 +57,7 @@ def test_a_run_that_holds_says_so_and_is_left_alone(run, call) -> None:
     assert files(run) == before
 
 
+@pytest.mark.slow
 def test_the_last_steps_from_a_checkpoint(run, call) -> None:
     answer = call("verify", "run=run", "verify.start=checkpoint")
     assert answer.code == 0, answer.out + answer.err
@@ -161,6 +161,7 @@ def test_a_run_is_made_again_from_its_folder_alone(run, call) -> None:
     assert "again" in answer.out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_what_differs_from_the_first_run_is_told(run, call) -> None:
     rows = read_jsonl(run / "metrics.jsonl")
     rows[-1]["validation/accuracy"] = 2.0
@@ -173,6 +174,7 @@ def test_what_differs_from_the_first_run_is_told(run, call) -> None:
     assert "differs" in answer.out
 
 
+@pytest.mark.slow
 def test_a_prolonged_run_is_checked_and_made_again_with_its_prolongation(run, call) -> None:
     assert call("resume", "run=run", "train.max_steps=10").code == 0
     answer = call("verify", "run=run", "verify.steps=8")

@@ -45,14 +45,14 @@ def model() -> Bag:
 
 
 def run(
-    model: Bag, spec: TrainSpec, *, data: list[Item] | None = None, resume=None, notes=None, **more
+    model: Bag, spec: TrainSpec, *, data: list[Item] | None = None, resume=None, notes=None, task=None, **more
 ) -> tuple[Outcome, Notes]:
     notes, device = notes or Notes(), open_device(DeviceSpec(name="cpu"))
     if resume is not None:
         model.load_state_dict(resume.trained, strict=False)
     outcome = train(
         model,
-        Letters(),
+        task or Letters(),
         data or items(),
         spec,
         groups=[{"params": list(model.head.parameters()), "lr": spec.lr, "weight_decay": spec.weight_decay}],
