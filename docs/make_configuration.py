@@ -42,12 +42,14 @@ def _train() -> Iterable[str]:
 
 def _others() -> Iterable[str]:
     known = {key.section for key in keys_of(VERBS["train"]) if key.section}
+    as_in_train = dict(nested_specs(VERBS["train"]))
     for verb, schema in VERBS.items():
         if verb == "train":
             continue
         groups = [group for group, nested in nested_specs(schema) if nested]
-        own = [key for key in keys_of(schema) if key.section not in known]
-        shared = ", ".join(f"`{group}.*`" for group in groups if group in known)
+        other = {group for group, nested in nested_specs(schema) if nested != as_in_train.get(group)}
+        own = [key for key in keys_of(schema) if key.section not in known - other]
+        shared = ", ".join(f"`{group}.*`" for group in groups if group in known - other)
         yield f"\n## lora {verb}\n"
         if own:
             yield _table(own) + "\n"

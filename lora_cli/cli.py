@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 from lora_cli import __version__
 from lora_cli.errors import ConfigError, LoraError, UserError, nearest, printable
 from lora_cli.process import Terminated, outlive_readers, signals_and_warnings
-from lora_cli.spec import BASE_KEYS, VERBS
+from lora_cli.spec import BASE_KEYS, VERBS, ResumeRun, nested_specs
 from lora_cli.words import value_of
 
 __all__ = ["main"]
@@ -28,7 +29,7 @@ _ADAPTER_VERBS = ("inspect", "export")
 """Verbs that look at the adapter of a saved run alone."""
 _ANSWERING_VERBS = ("infer", "chat")
 """Verbs that have nothing left to do when nobody reads what they say."""
-_WRITING_VERBS = ("train", "compare", "eval")
+_WRITING_VERBS = ("train", "rerun", "compare", "eval")
 """Verbs whose files go to a folder that hydra.run.dir may choose."""
 
 
@@ -51,10 +52,10 @@ def _answer(verb: str, words: list[str]) -> int:
     except LoraError as error:
         _debug()
         return _complain(verb, str(error), 2 if isinstance(error, UserError) else 1)
-    except Terminated:
-        return _complain(verb, "terminated", 128 + signal.SIGTERM)
-    except KeyboardInterrupt:
-        return _complain(verb, "interrupted", 128 + signal.SIGINT)
+    except Terminated as error:
+        return _complain(verb, f"terminated; {error}".removesuffix("; "), 128 + signal.SIGTERM)
+    except KeyboardInterrupt as error:
+        return _complain(verb, f"interrupted; {error}".removesuffix("; "), 128 + signal.SIGINT)
     except BrokenPipeError:
         # The reader went away (`| head`): nothing is wrong, and Python must not complain at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -102,6 +103,8 @@ def _run(verb: str, words: list[str]) -> int:
     failed: list[tuple[config.Job, LoraError]] = []
     outputs: set[str | None] = set()
     _check_folder(verb, words)
+    if verb == "resume":
+        _check_changes(words)
     if verb == "eval" and "," in (value_of("lora.r", words) or ""):
         # Several ranks are one question about one run, so they need no -m.
         words = ["-m", *words]
@@ -124,6 +127,11 @@ def _run(verb: str, words: list[str]) -> int:
             failed.append((job, error))
             _complain(verb, f"job {job.sweep_number} ({' '.join(job.overrides)}): {error}", 1)
             return None
+        except KeyboardInterrupt as error:
+            if job.sweep_number is None or job.directory is None:
+                raise
+            rest = shlex.quote(f"hydra.sweep.dir={job.directory.parent}")
+            raise type(error)(f"the same words with resume=auto {rest} do the rest") from error
 
     config.launch(verb, words, run_job, saved=_saved_groups(verb, words))
     if failed:
@@ -137,6 +145,17 @@ def _check_folder(verb: str, words: Sequence[str]) -> None:
     """Refuse a folder for a run where none is made."""
     if verb not in _WRITING_VERBS and (folder := value_of("hydra.run.dir", words)):
         raise ConfigError("hydra.run.dir", folder, f"lora {verb} makes no folder of a run; leave it out")
+
+
+def _check_changes(words: Sequence[str]) -> None:
+    """Refuse to change of a run that goes on what would make another one of it."""
+    allowed = [
+        f"{name}.{key}" for name, specs in nested_specs(ResumeRun) for spec in specs for key, _ in nested_specs(spec)
+    ]
+    for word in words:
+        key, _, value = word.lstrip("+~").partition("=")
+        if not word.startswith("-") and key not in ("run", "tracker", *allowed) and not key.startswith("hydra."):
+            raise ConfigError(printable(key), value, f"is the run's own; what may change is {', '.join(allowed)}")
 
 
 def _saved_groups(verb: str, words: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
@@ -174,7 +193,7 @@ def _complete(words: list[str]) -> int:
     verb = before[1]
     if verb not in VERBS:
         return 0
-    if current.startswith("run=") and verb in (*_RUN_VERBS, *_ADAPTER_VERBS):
+    if current.startswith("run=") and verb in ("resume", "verify", "rerun", *_RUN_VERBS, *_ADAPTER_VERBS):
         names = ["latest", *sorted(path.parent.name for path in Path("runs").glob("*/run.json"))]
         print("\n".join(f"run={name}" for name in dict.fromkeys(names) if f"run={name}".startswith(current)))
         return 0

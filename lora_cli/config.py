@@ -29,6 +29,7 @@ __all__ = [
     "group_flags",
     "group_options",
     "launch",
+    "read_train_run",
     "to_plain",
 ]
 
@@ -162,6 +163,25 @@ def group_options(group: str, words: Sequence[str] = ()) -> list[str]:
 def to_plain(spec: object) -> dict[str, Any]:
     """`spec` as nested dicts, lists and scalars: what a run folder stores."""
     return dataclasses.asdict(spec)  # type: ignore[call-overload, no-any-return]
+
+
+def read_train_run(saved: Mapping[str, Any]) -> TrainRun:
+    """The typed configuration of a saved run, whose config.yaml holds `saved`.
+
+    Raises:
+        UserError: a key is unknown, or a value is not what its key takes.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    kind = _kind_of(saved.get("task"))
+    try:
+        schema = OmegaConf.merge(OmegaConf.structured(TrainRun), {"task": OmegaConf.structured(TASK_KINDS[kind])})
+        found = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(dict(saved))))
+    except OmegaConfBaseException as error:
+        raise RunError(f"saved config: {error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(found, TrainRun)
+    return found
 
 
 def explain(error: Exception, verb: str) -> UserError:
@@ -324,6 +344,14 @@ def _value_of(error: Any, key: str) -> object:
     return getattr(error, "value", None) or ""
 
 
+def _kind_of(task: Any) -> str:
+    """The kind of a saved task."""
+    kind = task.get("kind") if isinstance(task, Mapping) else None
+    if kind not in TASK_KINDS:
+        raise RunError(f"saved config: task.kind={printable(kind)} is none of {', '.join(TASK_KINDS)}")
+    return str(kind)
+
+
 def _register_schemas() -> None:
     from hydra.core.config_store import ConfigStore
 
@@ -364,11 +392,7 @@ def _register_saved(saved: Mapping[str, Mapping[str, Any]]) -> None:
     for group, values in saved.items():
         if not isinstance(values, Mapping):
             raise RunError(f"saved config: {group}={printable(values, 40)} is no mapping of keys")
-        if group == "task" and values.get("kind") not in TASK_KINDS:
-            raise RunError(
-                f"saved config: task.kind={printable(values.get('kind'))} is none of {', '.join(TASK_KINDS)}"
-            )
-        schema = TASK_KINDS[str(values["kind"])] if group == "task" else ModelSpec
+        schema = TASK_KINDS[_kind_of(values)] if group == "task" else ModelSpec
         try:
             node = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(dict(values)))
         except OmegaConfBaseException as error:

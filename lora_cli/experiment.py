@@ -22,7 +22,7 @@ from lora_cli.engine.evaluate import evaluate, forward, predict, rehearse
 from lora_cli.engine.generate import generate
 from lora_cli.engine.optim import check_optimizer
 from lora_cli.engine.selfcheck import check_same_logits
-from lora_cli.engine.train import Objective, Recorder, train
+from lora_cli.engine.train import Objective, Recorder, Stop, train
 from lora_cli.errors import ConfigError
 from lora_cli.models import BaseModel, load_base, save_config
 from lora_cli.nn import (
@@ -139,13 +139,16 @@ class Experiment:
         examples, batch_size = self.data["validation"].examples, self.spec.train.eval_batch_size
         rehearse(self.base.model, self.task, examples, device=self.device, batch_size=batch_size)
 
-    def train(self, recorder: Recorder, resume: Checkpoint | None) -> tuple[Progress, Scorer | TextScorer | None]:
+    def train(
+        self, recorder: Recorder, resume: Checkpoint | None, stop: Stop
+    ) -> tuple[Progress, Scorer | TextScorer | None]:
         """Train, from `resume` if given, and end with the weights that the run keeps.
 
         Returns how far it came, and the validation split's score with just these weights if the training has it whole.
 
         Raises:
             TrainingFailure: see `engine.train`.
+            Stopped: `stop` was asked for.
         """
         model, spec, lora = self.base.model, self.spec.train, self.spec.lora
         metric = spec.metric or self.task.primary_metric
@@ -169,6 +172,7 @@ class Experiment:
             dropout_seed=self.spec.seed_for("dropout"),
             resume=resume,
             method=Allocator(adapted_layers(model).values(), lora.adalora) if lora.variant == "adalora" else None,
+            stop=stop,
         )
         scorer = outcome.last_scorer
         if spec.restore_best and outcome.best is not None:

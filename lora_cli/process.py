@@ -7,32 +7,104 @@ import io
 import signal
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Iterator
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO, TypeVar
 
 from lora_cli.errors import printable
 
-__all__ = ["Terminated", "outlive_readers", "signals_and_warnings"]
+__all__ = ["GentleStop", "Terminated", "gentle_stop", "outlive_readers", "signals_and_warnings"]
+
+T = TypeVar("T")
+_TERMINATING = (signal.SIGTERM, signal.SIGUSR1)
+_ECHO_S = 0.1
+"""A scheduler signals the process and its group: one that comes so soon after the first is the same one."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: a scheduler ends the command as Ctrl-C would."""
+    """SIGTERM, or SIGUSR1, with which SLURM announces it: a scheduler ends the command as Ctrl-C would."""
+
+
+class _Left(KeyboardInterrupt):
+    """A piece of work is left because a stop is asked for."""
+
+
+class GentleStop:
+    """A signal that waits until there is a good moment to stop; a second one does not wait. See `gentle_stop`."""
+
+    def __init__(self) -> None:
+        self._asked: type[KeyboardInterrupt] | None = None
+        self._asked_at = 0.0
+        self._leaves = False
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a signal has come."""
+        return self._asked is not None
+
+    def unless_asked(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns. None if a signal has come before or comes meanwhile: then `work` is left where it is."""
+        if self.is_asked:
+            return None
+        try:
+            self._leaves = True
+            result = work()
+            self._leaves = False
+        except _Left:
+            return None
+        finally:
+            self._leaves = False
+        return result
+
+    def take_effect(self) -> None:
+        """Raise what the signal that has come would have raised at once, if any."""
+        if self._asked is not None:
+            raise self._asked
+
+    def heed(self, number: int, frame: object) -> None:
+        """Note a signal, or raise if it is the second."""
+        now = time.monotonic()
+        if self._asked is None:
+            self._asked, self._asked_at = _raised_by(number), now
+            if self._leaves:
+                raise _Left
+        elif now - self._asked_at > _ECHO_S:
+            raise _raised_by(number)
+
+
+@contextlib.contextmanager
+def gentle_stop() -> Iterator[GentleStop]:
+    """Within the block the first signal that would end the command waits, at the latest for the end of the block."""
+    stop = GentleStop()
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, *_TERMINATING):
+            # One that is ignored (nohup, a job in the background) stays so.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, stop.heed)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    stop.take_effect()
 
 
 @contextlib.contextmanager
 def signals_and_warnings(name: str) -> Iterator[None]:
-    """Within the block SIGTERM raises Terminated, and a warning is one line that begins with `name`."""
+    """Within the block SIGTERM and SIGUSR1 raise Terminated, and a warning is one line that begins with `name`."""
     line = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"{name}: warning: {printable(message, 400)}\n"
     # Only the main thread may; elsewhere somebody else's program handles its signals itself.
-    handler = _on_sigterm(_terminate) if threading.current_thread() is threading.main_thread() else None
+    in_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.signal(number, _terminate) for number in _TERMINATING if in_main}
     try:
         yield
     finally:
         warnings.formatwarning = line
-        if handler is not None:
-            _on_sigterm(handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def outlive_readers(*names: str) -> None:
@@ -56,8 +128,8 @@ class _Patient(io.FileIO):
             return len(data)
 
 
-def _on_sigterm(handler: Any) -> Any:
-    return signal.signal(signal.SIGTERM, handler)
+def _raised_by(number: int) -> type[KeyboardInterrupt]:
+    return Terminated if number in _TERMINATING else KeyboardInterrupt
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -57,12 +57,18 @@ __all__ = [
     "LoraSpec",
     "MergeRun",
     "ModelSpec",
+    "ProlongSpec",
     "RankSpec",
+    "RerunRun",
+    "ResumeRun",
     "TaskSpec",
     "TextSpec",
+    "ThreadsSpec",
     "TrackerSpec",
     "TrainRun",
     "TrainSpec",
+    "VerifyRun",
+    "VerifySpec",
     "nested_specs",
 ]
 
@@ -660,6 +666,89 @@ class TrainRun:
 
 
 @dataclass(kw_only=True)
+class ProlongSpec:
+    """What may change of a training that goes on."""
+
+    max_steps: int | None = None
+    """Stop after this many steps, more than before; None: as it was."""
+    epochs: float | None = None
+    """Passes over the training rows, more than before; None: as it was."""
+    patience: int | None = None
+    """Stop after this many scorings in a row without a better metric, more than before; None: as it was."""
+    save_every: int | None = None
+    """Write a checkpoint every so many steps; None: as it was."""
+    keep: int | None = None
+    """Newest checkpoints kept; None: as it was."""
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None:
+            _positive("train.epochs", self.epochs)
+        for name in ("max_steps", "patience", "save_every", "keep"):
+            _at_least(f"train.{name}", getattr(self, name), 1, optional=True)
+
+
+@dataclass(kw_only=True)
+class ThreadsSpec:
+    """The machine, as far as it may be chosen for a training that goes on."""
+
+    threads: int | None = None
+    """CPU threads; None: as it was. With another number than before the run is refused: it would round differently."""
+
+    def __post_init__(self) -> None:
+        _at_least("device.threads", self.threads, 1, optional=True)
+
+
+@dataclass(kw_only=True)
+class ResumeRun:
+    """lora resume: continue a run from its own folder, or prolong it."""
+
+    run: str = "???"
+    """Run folder, unique prefix of its name, or latest: the one that was started last."""
+    train: ProlongSpec = field(default_factory=ProlongSpec)
+    """What may change of the training."""
+    device: ThreadsSpec = field(default_factory=ThreadsSpec)
+    """The machine."""
+    tracker: TrackerSpec | None = None
+    """Further records; the run's own unless given."""
+
+
+@dataclass(kw_only=True)
+class VerifySpec:
+    """What is trained again."""
+
+    steps: int = 20
+    """Train at least so many steps again, up to the next line of metrics; 0: none."""
+    start: str = "beginning"
+    """beginning, or checkpoint: the last but one (train.keep=2), from which the last steps are trained again."""
+
+    def __post_init__(self) -> None:
+        _at_least("verify.steps", self.steps, 0)
+        _one_of("verify.start", self.start, ("beginning", "checkpoint"), "start")
+
+
+@dataclass(kw_only=True)
+class VerifyRun:
+    """lora verify: check a finished run's files, train some of it again and score it again."""
+
+    run: str = "???"
+    """Run folder, unique prefix of its name, or latest."""
+    verify: VerifySpec = field(default_factory=VerifySpec)
+    """What is trained again."""
+    device: DeviceSpec | None = None
+    """The machine; the run's own unless given."""
+
+
+@dataclass(kw_only=True)
+class RerunRun:
+    """lora rerun: make a run again from its own folder alone, and tell what differs."""
+
+    run: str = "???"
+    """Run folder, unique prefix of its name, or latest."""
+    device: DeviceSpec | None = None
+    """The machine; the run's own unless given."""
+
+
+@dataclass(kw_only=True)
 class RankSpec:
     """Which of the ranks of a DyLoRA adapter is used."""
 
@@ -1006,6 +1095,9 @@ class CompareRun:
 
 VERBS: dict[str, type] = {
     "train": TrainRun,
+    "resume": ResumeRun,
+    "verify": VerifyRun,
+    "rerun": RerunRun,
     "eval": EvalRun,
     "infer": InferRun,
     "chat": ChatRun,

@@ -10,6 +10,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,11 +198,22 @@ def _run_train(words: Sequence[str], output: Path) -> int:
     process = isolation.start(["train", *words], streams=[Path(os.devnull), output, output])
     try:
         process.join()
-    except BaseException:
-        process.terminate()
-        process.join()
+    except BaseException as error:
+        _end(process)
+        if isinstance(error, KeyboardInterrupt):
+            raise type(error)("the same command goes on where it was") from error
         raise
     return process.exitcode or 0
+
+
+def _end(process: BaseProcess) -> None:
+    """Ask a training to save and end, and wait for it; interrupted again, ask again, which it obeys at once."""
+    process.terminate()
+    try:
+        process.join()
+    except BaseException:
+        process.terminate()
+        raise
 
 
 def _last_line(output: Path) -> str:

@@ -5,16 +5,19 @@ torch and transformers are imported once the data is known to be good: what a pe
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_cli.config import to_plain
 from lora_cli.disk import atomic_folder, write_atomic
 from lora_cli.errors import RunError
+from lora_cli.process import gentle_stop
 from lora_cli.runs.directory import RunDirectory
+from lora_cli.runs.manifest import write_manifest
 from lora_cli.runs.registry import run_of
 from lora_cli.runs.report import model_card
 from lora_cli.screen import Screen, count
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
     from lora_cli.engine.checkpoint import Checkpoint, Progress
     from lora_cli.experiment import Experiment
 
-__all__ = ["run"]
+__all__ = ["complete", "load_splits", "make", "newest_checkpoint", "prepare", "report", "run"]
 
 Metrics = Mapping[str, float | None]
 
@@ -57,41 +60,115 @@ def run(spec: TrainRun, *, directory: Path | None = None, overrides: Sequence[st
     if kept is None and directory is not None:
         RunDirectory.check_free(directory)
     task = build_task(spec.task)
-    rows = _load_rows(spec, task, screen)
-    if kept is not None and kept.facts()["status"] == "finished":
+    if kept is None:
+        folder, metrics = make(spec, task, screen, directory=directory, overrides=overrides, started=started)
+        return report(screen, folder, metrics, spec.task)
+    rows = load_splits(spec, task, screen)
+    if kept.facts()["status"] != "finished" and kept.facts().get("extended"):
+        raise RunError(f"{kept.path}: was prolonged since; lora resume {shlex.quote(f'run={kept.path}')} continues it")
+    if kept.facts()["status"] == "finished":
         _check_same_rows(kept, rows)
-        return _report(screen, kept, kept.facts()["metrics"], spec.task)
+        return report(screen, kept, kept.facts()["metrics"], spec.task)
 
-    from lora_cli.engine import checkpoint
+    experiment = prepare(spec, task, rows, screen)
+    with kept.held():
+        resume = newest_checkpoint(experiment, kept)
+        metrics = complete(experiment, kept, resume, screen, overrides=overrides, started=started)
+    return report(screen, kept, metrics, spec.task)
+
+
+def make(
+    spec: TrainRun, task: Task, screen: Screen, *, directory: Path | None, overrides: Sequence[str], started: float
+) -> tuple[RunDirectory, dict[str, Metrics]]:
+    """A new run from the first step to the last: its folder, and the metrics of the scored splits.
+
+    Raises:
+        UserError: something given does not fit.
+        TrainingFailure: the training cannot go on; its checkpoints stay.
+    """
+    experiment = prepare(spec, task, load_splits(spec, task, screen), screen)
+    folder = RunDirectory.create(to_plain(spec), directory=directory, overrides=overrides)
+    with folder.held():
+        return folder, complete(experiment, folder, None, screen, overrides=overrides, started=started)
+
+
+def prepare(spec: TrainRun, task: Task, rows: Mapping[str, Rows], screen: Screen) -> Experiment:
+    """Everything that the training needs, shown and rehearsed.
+
+    Raises:
+        UserError: something given does not fit.
+        TrainingFailure: a self-check fails.
+    """
     from lora_cli.experiment import Experiment
-    from lora_cli.tokenizer import save_tokenizer
 
     experiment = Experiment.build(spec, task, rows)
     _show(screen, experiment)
     experiment.rehearse()
-    folder = kept or RunDirectory.create(config, directory=directory, overrides=overrides)
-    with folder.held():
-        folder.update(status="running", **experiment.facts())
+    return experiment
+
+
+def newest_checkpoint(experiment: Experiment, folder: RunDirectory) -> Checkpoint | None:
+    """The state from which the run in `folder` goes on, if any.
+
+    Raises:
+        RunError: data, base model, machine or libraries are not those it was begun with.
+    """
+    from lora_cli.engine import checkpoint
+
+    return checkpoint.load_newest(folder.checkpoints, identity=_identity(experiment, folder))
+
+
+def complete(
+    experiment: Experiment,
+    folder: RunDirectory,
+    resume: Checkpoint | None,
+    screen: Screen,
+    *,
+    overrides: Sequence[str],
+    started: float,
+    **facts: Any,
+) -> dict[str, Metrics]:
+    """Train from `resume` or the start to the end, save and score; `facts` go into run.json when it begins.
+
+    Raises:
+        TrainingFailure: the training cannot go on; its checkpoints stay.
+    """
+    from lora_cli.engine.train import Stopped
+    from lora_cli.tokenizer import save_tokenizer
+
+    spec = experiment.spec
+    with _noted(folder):
+        folder.update(status="running", **experiment.facts(), **facts)
         with atomic_folder(folder.tokenizer) as temporary:
             save_tokenizer(experiment.base.tokenizer, temporary)
-        identity = {"configuration": folder.facts()["signature"], **experiment.identity}
-        resume = checkpoint.load_newest(folder.checkpoints, identity=identity)
-        folder.cut_metrics(resume.progress.step if resume else 0)
+        folder.cut_metrics(resume.progress.step if resume else 0, scored=not (resume and resume.progress.unscored))
         if resume is not None:
             screen.fact("resumes", f"{folder.path} from step {resume.progress.step}")
-        with _recording(folder, screen, spec, identity) as recorder:
-            progress, validated = experiment.train(recorder, resume)
+        recording = _recording(folder, screen, spec, _identity(experiment, folder))
+        with recording as recorder, gentle_stop() as stop, suppress(Stopped):
+            progress, validated = experiment.train(recorder, resume, stop)
         experiment.save(folder.adapter)
         known = {} if validated is None else {"validation": validated}
-        metrics = {split: _score(experiment, split, folder, screen, known) for split in _scored_splits(spec)}
+        metrics: dict[str, Metrics] = {
+            split: _score(experiment, split, folder, screen, known) for split in _scored_splits(spec)
+        }
         folder.update(metrics=metrics, steps=progress.step, best_step=progress.best_step)
-        write_atomic(folder.adapter / "README.md", model_card(config, folder.facts(), overrides))
+        write_atomic(folder.adapter / "README.md", model_card(to_plain(spec), folder.facts(), overrides))
         folder.finish(cost={**experiment.cost(progress), "wall_s": time.perf_counter() - started})
-    return _report(screen, folder, metrics, spec.task)
+        write_manifest(folder.path)
+    return metrics
 
 
-def _load_rows(spec: TrainRun, task: Task, screen: Screen) -> dict[str, Rows]:
-    """Every split that the run reads, with its labels known, and a warning for what looks wrong."""
+def _identity(experiment: Experiment, folder: RunDirectory) -> dict[str, str]:
+    return {"configuration": folder.facts()["signature"], **experiment.identity}
+
+
+def load_splits(spec: TrainRun, task: Task, screen: Screen) -> dict[str, Rows]:
+    """Every split that the run reads, with its labels known, and a warning for what looks wrong.
+
+    Raises:
+        DataError: a file, a column or a row cannot be used.
+    """
     needed = list(dict.fromkeys(["train", "validation", *_scored_splits(spec)]))
     rows = load_rows(task, needed, seed=spec.seed_for("data"))
     task.fit_labels(rows["train"])
@@ -165,16 +242,25 @@ class _Recording:
 
 
 @contextmanager
+def _noted(folder: RunDirectory) -> Iterator[None]:
+    """What ends a run before its time goes into its folder; who interrupts it is told how to go on."""
+    try:
+        yield
+    except BaseException as error:
+        folder.stopped(error)
+        if isinstance(error, KeyboardInterrupt):
+            raise type(error)(f"lora resume {shlex.quote(f'run={folder.path}')} continues it") from error
+        raise
+
+
+@contextmanager
 def _recording(
     folder: RunDirectory, screen: Screen, spec: TrainRun, identity: Mapping[str, str]
 ) -> Iterator[_Recording]:
-    """A recorder for the time of a training; how it stopped, if it did, goes into the run folder."""
+    """A recorder for the time of a training."""
     tracker = open_tracker(spec.tracker, folder.path, to_plain(spec))
     try:
         yield _Recording(folder, screen, tracker, spec.train.keep, identity)
-    except BaseException as error:
-        folder.stopped(error)
-        raise
     finally:
         screen.close()
         tracker.close()
@@ -230,7 +316,7 @@ def _ranks(ranks: Sequence[int]) -> str:
     return "/".join(map(str, sorted(set(ranks))))
 
 
-def _report(screen: Screen, folder: RunDirectory, metrics: Mapping[str, Metrics], task: TaskSpec) -> float | None:
+def report(screen: Screen, folder: RunDirectory, metrics: Mapping[str, Metrics], task: TaskSpec) -> float | None:
     """The last lines: results, where they are, what to type next."""
     screen.results(metrics)
     word = "prompt" if isinstance(task, TextSpec) else "text"

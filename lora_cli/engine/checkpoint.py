@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_cli.errors import RunError, printable
 
-__all__ = ["Checkpoint", "Progress", "load_newest", "optimizer_tensors", "restore_optimizer", "save"]
+__all__ = ["Checkpoint", "Progress", "load_newest", "optimizer_tensors", "restore_optimizer", "save", "whole_steps"]
 
 Tensors = dict[str, torch.Tensor]
 
@@ -52,6 +52,8 @@ class Progress:
     """Scorings since then."""
     stopped_early: bool = False
     """Whether `train.patience` has run out."""
+    unscored: bool = False
+    """Whether the scoring that belongs to this step is still to come."""
 
 
 @dataclass
@@ -97,13 +99,20 @@ def save(
     return target
 
 
-def load_newest(root: Path, *, identity: Mapping[str, str]) -> Checkpoint | None:
-    """The newest checkpoint whose files match its manifest, or None.
+def whole_steps(root: Path) -> tuple[list[int], list[int]]:
+    """Steps of the checkpoints whose files match their manifests, newest first, and of those whose files do not."""
+    folders = {int(folder.name[5:]): _is_whole(folder) for folder in _folders(root)}
+    return [step for step, whole in folders.items() if whole], [step for step, whole in folders.items() if not whole]
+
+
+def load_newest(root: Path, *, identity: Mapping[str, str], up_to: int | None = None) -> Checkpoint | None:
+    """The newest checkpoint whose files match its manifest, or None; with `up_to`, of that step at most.
 
     Raises:
         RunError: it belongs to another configuration, other data or another base model.
     """
-    folder = next((folder for folder in _folders(root) if _is_whole(folder)), None)
+    folders = [folder for folder in _folders(root) if up_to is None or int(folder.name[5:]) <= up_to]
+    folder = next(filter(_is_whole, folders), None)
     if folder is None:
         return None
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))

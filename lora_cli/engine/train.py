@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 
@@ -20,8 +20,9 @@ from lora_cli.engine.selfcheck import Movement
 from lora_cli.errors import TrainingFailure
 from lora_cli.spec import TrainSpec
 
-__all__ = ["Method", "Objective", "Outcome", "Recorder", "train"]
+__all__ = ["Method", "Objective", "Outcome", "Recorder", "Stop", "Stopped", "total_steps", "train"]
 
+T = TypeVar("T")
 _MAX_SKIPPED = 20
 """fp16 steps in a row that may overflow while the loss scale finds its size."""
 
@@ -40,6 +41,31 @@ class Recorder(Protocol):
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         """State to keep for resuming."""
+
+
+class Stop(Protocol):
+    """A wish from outside that the training end before its time."""
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether it is there."""
+
+    def unless_asked(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns. None if the wish is there or comes meanwhile: then `work` need not be done."""
+
+
+class Stopped(Exception):  # noqa: N818
+    """A training has ended before its time, as asked; a checkpoint says where."""
+
+
+class _Never:
+    is_asked = False
+
+    def unless_asked(self, work: Callable[[], T]) -> T | None:
+        return work()
+
+
+_NEVER = _Never()
 
 
 class Method(Protocol):
@@ -99,20 +125,22 @@ def train(
     dropout_seed: int,
     resume: Checkpoint | None = None,
     method: Method | None = None,
+    stop: Stop = _NEVER,
 ) -> Outcome:
     """Train `model` in place on `examples`.
 
     `groups` are the optimizer's parameter groups, `trained` returns copies of the tensors that a checkpoint holds,
     `score` scores the validation split. With `resume` (whose tensors are already in the model) the remaining
-    steps are exactly those of an uninterrupted training.
+    steps are exactly those of an uninterrupted training. `stop` is asked before each micro-step and while scoring.
 
     Raises:
         TrainingFailure: a loss or gradient is not finite, or a self-check fails.
+        Stopped: `stop` was asked for; what is done so far is in a checkpoint.
     """
     plan = BatchPlan(
         [e.num_tokens for e in examples], spec.batch_size, spec.accumulation, spec.length_window, data_seed
     )
-    total = spec.max_steps or math.ceil(spec.epochs * plan.steps_per_epoch)
+    total = _total(spec, plan)
     optimizer, scaler = build_optimizer([dict(group) for group in groups], spec), device.scaler()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     progress, best = Progress(), None
@@ -120,6 +148,8 @@ def train(
     last_scorer: Scorer | None = None
     if resume is not None:
         progress, best = replace(resume.progress), resume.best
+        # Anew: a training that goes on may be given more patience.
+        progress.stopped_early = _has_lost_patience(progress, spec)
         checkpoints.restore_optimizer(optimizer, resume.optimizer)
         if resume.scaler:
             scaler.load_state_dict(resume.scaler)
@@ -127,7 +157,45 @@ def train(
     # Before the warm-up ends, steps can be too small to change a float.
     watch_until = min(total, max(2, math.ceil(total * spec.warmup) + 1))
     skipped = 0
+    saved_step = resume.progress.step if resume is not None else None
 
+    def save() -> None:
+        nonlocal saved_step
+        # Not over the one that the training began with: from an unscored state the same scoring comes again.
+        if progress.step != saved_step:
+            recorder.checkpoint(
+                Checkpoint(progress, trained(), checkpoints.optimizer_tensors(optimizer), best, scaler.state_dict())
+            )
+            saved_step = progress.step
+
+    def end_early() -> NoReturn:
+        save()
+        raise Stopped
+
+    def score_and_save() -> None:
+        nonlocal best, best_scorer, last_scorer
+        last = progress.step == total
+        scoring = progress.step % (spec.eval_every or plan.steps_per_epoch) == 0 or last
+        progress.unscored = False
+        if scoring:
+            last_scorer = stop.unless_asked(score)
+            if last_scorer is None:
+                progress.unscored = True
+                end_early()
+            metrics = last_scorer.result()
+            recorder.metrics(progress.step, {f"validation/{name}": value for name, value in metrics.items()})
+            if objective.improves(metrics[objective.name], progress.best_value):
+                progress.best_step, progress.best_value, progress.stale = progress.step, metrics[objective.name], 0
+                best, best_scorer = trained(), last_scorer
+            else:
+                progress.stale += 1
+            recorder.scored(progress.step, metrics, best=progress.stale == 0)
+            progress.stopped_early = _has_lost_patience(progress, spec)
+        if (progress.step % spec.save_every == 0 if spec.save_every else scoring) or last or progress.stopped_early:
+            save()
+
+    if progress.unscored:
+        score_and_save()
     for step, window in plan.steps(progress.step, total if not progress.stopped_early else progress.step):
         started = time.perf_counter()
         lr = set_rate(optimizer, rate(step, total, spec))
@@ -136,6 +204,8 @@ def train(
         model.train()
         loss_sum = torch.zeros((), device=device.device)
         for number, cpu_batch in enumerate(batches):
+            if stop.is_asked:
+                end_early()
             batch = device.move(cpu_batch)
             # Seeded by the step: dropout then owes nothing to what ran before, be it a scoring or an earlier process.
             device.seed(dropout_seed, step, number)
@@ -170,33 +240,30 @@ def train(
             watch.verify(still=(".new_rows", ".E", *late))
             watch = None
 
-        last = progress.step == total
-        if progress.step % spec.log_every == 0 or last:
+        if progress.step % spec.log_every == 0 or progress.step == total:
             logged = progress.loss_sum / max(1, progress.loss_targets)
             epoch = progress.step / plan.steps_per_epoch
             values = {"epoch": epoch, "train/loss": logged, "train/lr": lr, "train/grad_norm": norm}
             recorder.metrics(progress.step, values)
             progress.loss_sum, progress.loss_targets = 0.0, 0
             recorder.progress(progress, total, logged, lr)
-        scoring = progress.step % (spec.eval_every or plan.steps_per_epoch) == 0 or last
-        if scoring:
-            last_scorer = score()
-            metrics = last_scorer.result()
-            recorder.metrics(progress.step, {f"validation/{name}": value for name, value in metrics.items()})
-            if objective.improves(metrics[objective.name], progress.best_value):
-                progress.best_step, progress.best_value, progress.stale = progress.step, metrics[objective.name], 0
-                best, best_scorer = trained(), last_scorer
-            else:
-                progress.stale += 1
-            recorder.scored(progress.step, metrics, best=progress.stale == 0)
-            progress.stopped_early = spec.patience is not None and progress.stale >= spec.patience
-        if (progress.step % spec.save_every == 0 if spec.save_every else scoring) or last or progress.stopped_early:
-            recorder.checkpoint(
-                Checkpoint(progress, trained(), checkpoints.optimizer_tensors(optimizer), best, scaler.state_dict())
-            )
+        score_and_save()
         if progress.stopped_early:
             break
     return Outcome(progress, total, best, best_scorer, last_scorer)
+
+
+def total_steps(spec: TrainSpec, num_examples: int) -> int:
+    """Steps that a training on so many examples takes, unless its patience ends it."""
+    return _total(spec, BatchPlan([0] * num_examples, spec.batch_size, spec.accumulation, 1, 0))
+
+
+def _total(spec: TrainSpec, plan: BatchPlan) -> int:
+    return spec.max_steps or math.ceil(spec.epochs * plan.steps_per_epoch)
+
+
+def _has_lost_patience(progress: Progress, spec: TrainSpec) -> bool:
+    return spec.patience is not None and progress.stale >= spec.patience
 
 
 def _check_finite(loss: float, norm: float, step: int, lr: float, skipped: int, *, overflow_allowed: bool) -> int:

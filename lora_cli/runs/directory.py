@@ -1,7 +1,7 @@
 """A run folder: its name, its files, its status. Files are written whole or not at all; logs grow by whole lines.
 
     runs/2026-11-22_sst2_minilm_r8_1a2b3c4d/
-        config.yaml  overrides.txt  run.json  metrics.jsonl  log.txt
+        config.yaml  overrides.txt  run.json  metrics.jsonl  log.txt  manifest.json
         adapter/  tokenizer/  checkpoints/step-000500/  predictions/validation.jsonl  eval/<split>/
 
 What is read back is data from outside: plain values only, of bounded size, nothing resolved or instantiated.
@@ -122,18 +122,27 @@ class RunDirectory:
         """
         return checked_facts(read_json(self.path / "run.json"), self.path)
 
+    def overrides(self) -> list[str]:
+        """The words that made the run."""
+        with open_plain(self.path / "overrides.txt", RunError, limit=MAX_CONFIG_BYTES) as file:
+            return file.read(MAX_CONFIG_BYTES).decode(errors="replace").splitlines()
+
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, on disk when this returns."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(_json_line(values))
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop lines after `step`, and a torn last one: the log of a resumed run has no step twice."""
+    def cut_metrics(self, step: int, *, scored: bool = True) -> None:
+        """Drop lines after `step`, and a torn last one: the log of a resumed run has no step twice.
+
+        If that step is not `scored` its scoring comes again, so a line of an earlier one is dropped too.
+        """
         file = self.path / "metrics.jsonl"
         kept = []
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
             with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
-                if json.loads(line)["step"] <= step:
+                row = json.loads(line)
+                if row["step"] < step or (row["step"] == step and (scored or "train/loss" in row)):
                     kept.append(line + "\n")
         write_atomic(file, "".join(kept))
 

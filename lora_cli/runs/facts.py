@@ -89,6 +89,10 @@ _FIELDS: dict[str, tuple[_Fits, str]] = {
     "parameters": (_table(_COUNT), "a table of whole numbers"),
     "metrics": (_table(_table(_or_null(_number))), "a table of splits, each a table of numbers,"),
     "steps": (_COUNT, "a whole number"),
+    "extended": (
+        _list(_object(step=_COUNT, max_steps=_or_null(_COUNT), epochs=_or_null(_number), patience=_or_null(_COUNT))),
+        "a list of changes",
+    ),
     "best_step": (_or_null(_COUNT), "a whole number, or null,"),
     "cost": (_table(_number), "a table of numbers"),
     "versions": (_table(_text), "a table of versions"),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import RunError, UnknownName
 from lora_cli.runs.directory import RunDirectory, read_json, read_saved_config, result_keys, signature
 
-__all__ = ["find_adapter", "find_run", "is_bare_adapter", "run_of"]
+__all__ = ["find_adapter", "find_run", "find_started", "is_bare_adapter", "run_of"]
 
 _ROOT = Path("runs")
 
@@ -40,6 +42,19 @@ def find_run(name: str) -> Path:
     if len(found) > 1:
         raise RunError(f"run={name}: fits {len(found)} runs: {', '.join(run.name for run in found[:4])}")
     return found[0]
+
+
+def find_started(name: str) -> RunDirectory:
+    """The run that `find_run` finds, but for `latest` the one under runs/ that was started last, finished or not.
+
+    Raises:
+        RunError: nothing there, or only an adapter.
+        UnknownName: no run has such a name.
+    """
+    path = _newest() if name == "latest" else find_run(name)
+    if is_bare_adapter(path):
+        raise RunError(f"{path}: an adapter without its run cannot be continued")
+    return RunDirectory(path)
 
 
 def find_adapter(name: str) -> Path:
@@ -80,6 +95,19 @@ def run_of(config: Mapping[str, Any], directory: Path | None) -> RunDirectory | 
         return RunDirectory(directory)
     found = [file.parent for file in _ROOT.glob(f"*_{wanted}*/run.json") if read_json(file).get("signature") == wanted]
     return RunDirectory(max(found, key=lambda path: (path.name[:10], len(path.name), path.name))) if found else None
+
+
+def _newest() -> Path:
+    started: dict[tuple[float, str], Path] = {}
+    for file in _ROOT.glob("**/run.json"):
+        # A damaged folder is none to go on with.
+        with suppress(RunError, ValueError):
+            if file.parts[1] != "latest":
+                time = datetime.strptime(str(read_json(file).get("started")), "%Y-%m-%dT%H:%M:%S%z")
+                started[time.timestamp(), file.parent.as_posix()] = file.parent
+    if not started:
+        raise RunError("run=latest: no run under runs/ yet; lora train makes one")
+    return started[max(started)]
 
 
 def _from_here(path: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ TINY = (
 )
 """A training of a second or two, on the files of `write_films`."""
 FILMS = ("task.data.train=train.csv", "task.data.validation=validation.csv", "task.data.test=test.csv")
+COMPARED = ("adapter/adapter_model.safetensors", "metrics.jsonl", "predictions/validation.jsonl")
+"""Files of a run that a kill must not change."""
 BLOCK = """\
 import os, socket
 
@@ -79,6 +82,10 @@ def write_films(folder: Path) -> None:
         write_csv(folder / f"{split}.csv", rows)
 
 
+def contents(run: Path) -> dict[str, bytes]:
+    return {name: (run / name).read_bytes() for name in COMPARED}
+
+
 @pytest.fixture(scope="session")
 def blocked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Environment in which every attempt to dial out fails, and is written down in the file DIALLED."""
@@ -117,3 +124,21 @@ def films(scratch: Path) -> Path:
     """The current directory, with films in it."""
     write_films(scratch)
     return scratch
+
+
+@pytest.fixture
+def before(monkeypatch) -> Callable[..., None]:
+    """Do something before the n-th call of a function of the package: before("engine.train:forward", 3, act)."""
+
+    def patch(name: str, number: int, act: Callable[[], object]) -> None:
+        owner, _, attribute = f"lora_cli.{name}".replace(":", ".").rpartition(".")
+        function, calls = getattr(pkgutil.resolve_name(owner), attribute), iter(range(1, 1000))
+
+        def wrapped(*args, **kwargs):
+            if next(calls) == number:
+                act()
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(pkgutil.resolve_name(owner), attribute, wrapped)
+
+    return patch

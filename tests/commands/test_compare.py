@@ -140,7 +140,7 @@ def test_a_comparison_that_is_stopped_stops_its_training_and_goes_on_later(films
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert err.splitlines()[-1] == "lora compare: terminated"
+    assert err.splitlines()[-1] == "lora compare: terminated; the same command goes on where it was"
     (run,) = films.glob("runs/*/lora_seed1_*")
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
     answer = forked("compare", *words, cwd=films)

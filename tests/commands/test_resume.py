@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from commands.conftest import FILMS, TINY, read_jsonl, write_csv, write_films
+from commands.conftest import FILMS, TINY, contents, read_jsonl, write_csv, write_films
+from commands.test_writing import SMALL, write_things
 
 LONG = (
     *TINY,
@@ -85,7 +86,7 @@ def test_a_killed_training_resumes_and_an_interrupted_one_says_one_line(interrup
     assert interrupted["codes"] == [-signal.SIGKILL, 130, 0], interrupted
     assert 0 < interrupted["steps"][0] < 36 <= interrupted["steps"][1] + 36 < 108
     assert interrupted["status"] == "interrupted"
-    assert interrupted["err"].splitlines()[-1].endswith("interrupted")
+    assert interrupted["err"].splitlines()[-1].endswith("interrupted; lora resume run=run continues it")
     assert "Traceback" not in interrupted["err"]
     assert "from step" in interrupted["last"]
 
@@ -189,3 +190,40 @@ def test_a_file_in_the_way_of_the_run_folder_is_kept(films, call) -> None:
     assert "run" in answer.err.splitlines()[-1]
     assert "Traceback" not in answer.err
     assert Path("run").read_text() == "mine"
+
+
+class Killed(BaseException):
+    """What no handler of ours expects."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+COMMON = ("train.epochs=3", "train.accumulation=2", "train.save_every=2", "train.log_every=2", "train.eval_every=3")
+KINDS = {
+    "adalora": (*TINY, *FILMS, "lora=adalora", "lora.r=6", "lora.adalora.target_r=3", "train.schedule=cosine"),
+    "dylora": (*TINY, *FILMS, "lora=dylora", "lora.r=4", "train.schedule=constant"),
+    "dora": (*TINY, *FILMS, "lora=dora", "lora.r=4"),
+    "writing": (*SMALL, "model=tiny-gpt2", "train.batch_size=1", "model.dropout=0.1", "train.metric=bleu"),
+}
+"""18 steps of two micro-steps, the three epochs of each with dropout; `writing` answers its prompts at each scoring."""
+
+
+@pytest.mark.parametrize(
+    "kind", ["writing", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "writing")]
+)
+def test_killed_in_the_middle_of_a_step_of_the_third_epoch_the_end_is_the_same(kind, films, call, before) -> None:
+    write_things(films)
+    words = ("train", *KINDS[kind], "lora.dropout=0.1", *COMMON)
+    assert call(*words, "hydra.run.dir=whole").code == 0
+    before("engine.train:forward", 30, kill)
+    with pytest.raises(Killed):
+        call(*words, "hydra.run.dir=run")
+    assert newest_step(films) == 14
+    answer = call(*words, "hydra.run.dir=run", "resume=auto")
+    assert answer.code == 0, answer.err
+    assert "from step 14" in answer.err
+    assert contents(Path("run")) == contents(Path("whole"))
+    metrics = [json.loads(Path(run, "run.json").read_text())["metrics"] for run in ("run", "whole")]
+    assert metrics[0] == metrics[1]

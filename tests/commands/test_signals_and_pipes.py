@@ -27,7 +27,7 @@ def test_sigterm_ends_a_training_like_ctrl_c_and_it_can_be_continued(films: Path
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
-    assert err.splitlines()[-1] == "lora train: terminated"
+    assert err.splitlines()[-1] == "lora train: terminated; lora resume run=run continues it"
     assert "Traceback" not in err
     assert list(films.glob("run/checkpoints/step-*"))
     facts = json.loads((films / "run" / "run.json").read_text())

@@ -79,6 +79,38 @@ def test_a_garbled_manifest_is_no_checkpoint(tmp_path_factory: pytest.TempPathFa
     assert checkpoints.load_newest(root, identity=IDENTITY) is None
 
 
+FILES = ("state.json", "trained.safetensors", "optimizer.safetensors", "best.safetensors", "manifest.json")
+DAMAGES = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-3]),
+    "flip": lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]),
+    "empty": lambda file: file.write_bytes(b""),
+    "delete": lambda file: file.unlink(),
+    "add": lambda file: file.with_name("more").write_bytes(b"?"),
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.dictionaries(
+        st.integers(0, 2_000_000),
+        st.none() | st.tuples(st.sampled_from(FILES), st.sampled_from(sorted(DAMAGES))),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_the_newest_that_is_whole_is_taken(
+    tmp_path_factory: pytest.TempPathFactory, steps: dict[int, tuple[str, str] | None]
+) -> None:
+    root = tmp_path_factory.mktemp("run")
+    make(root, *steps)
+    for step, damage in steps.items():
+        if damage:
+            DAMAGES[damage[1]](root / f"step-{step:06d}" / damage[0])
+    found = checkpoints.load_newest(root, identity=IDENTITY)
+    whole = [step for step, damage in steps.items() if not damage]
+    assert (found and found.progress.step) == max(whole, default=None)
+
+
 def test_a_checkpoint_half_written_has_no_name(tmp_path: Path) -> None:
     def write() -> None:
         with atomic_folder(tmp_path / "step-000004") as folder:

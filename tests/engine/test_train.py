@@ -44,13 +44,15 @@ def model() -> Bag:
     return Bag(dropout=0.3)
 
 
-def run(model: Bag, spec: TrainSpec, *, data: list[Item] | None = None, resume=None) -> tuple[Outcome, Notes]:
-    notes, device = Notes(), open_device(DeviceSpec(name="cpu"))
+def run(
+    model: Bag, spec: TrainSpec, *, data: list[Item] | None = None, resume=None, notes=None, task=None, **more
+) -> tuple[Outcome, Notes]:
+    notes, device = notes or Notes(), open_device(DeviceSpec(name="cpu"))
     if resume is not None:
         model.load_state_dict(resume.trained, strict=False)
     outcome = train(
         model,
-        Letters(),
+        task or Letters(),
         data or items(),
         spec,
         groups=[{"params": list(model.head.parameters()), "lr": spec.lr, "weight_decay": spec.weight_decay}],
@@ -62,6 +64,7 @@ def run(model: Bag, spec: TrainSpec, *, data: list[Item] | None = None, resume=N
         data_seed=1,
         dropout_seed=2,
         resume=resume,
+        **more,
     )
     return outcome, notes
 

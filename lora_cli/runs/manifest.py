@@ -1,0 +1,63 @@
+"""The digests of a finished run's files, and whether the files still are what they were. Knows bytes only."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from lora_cli.disk import open_plain
+from lora_cli.errors import RunError, printable
+from lora_cli.runs.directory import read_json, write_json
+
+__all__ = ["NOT_COVERED", "changed_files", "write_manifest"]
+
+_NAME = "manifest.json"
+_FILES = ("config.yaml", "overrides.txt", "run.json", "metrics.jsonl", "log.txt")
+_FOLDERS = ("adapter", "tokenizer", "predictions")
+NOT_COVERED = "checkpoints (a manifest each), eval, records of trackers"
+"""What lies in a run folder and may come or change after its end."""
+
+
+def write_manifest(run: Path) -> None:
+    """Write manifest.json: the SHA-256 of each file that a finished run is not to change any more."""
+    write_json(run / _NAME, {name: _sha256(run / name) for name in _covered(run)})
+
+
+def changed_files(run: Path) -> list[str]:
+    """What is not as the manifest says, each with a word: changed, missing, new.
+
+    Raises:
+        RunError: there is no manifest, or it is none.
+    """
+    if not (run / _NAME).exists():
+        raise RunError(f"{run}: has no {_NAME}; the run was made by an earlier version, or cut short at its very end")
+    digests = read_json(run / _NAME)
+    for name, digest in digests.items():
+        if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise RunError(f"{run / _NAME}: no digest of {printable(name, 60)}")
+    there = set(_covered(run))
+    found = {name: "missing" for name in digests if name not in there} | dict.fromkeys(there - set(digests), "new")
+    found |= {name: "changed" for name in there & set(digests) if _sha256(run / name) != digests[name]}
+    return [f"{name} {what}" for name, what in sorted(found.items())]
+
+
+def _covered(run: Path) -> Iterator[str]:
+    """Files by name, in the manifest's order; only what lies in the run itself."""
+    for name in _FILES:
+        if (run / name).exists():
+            yield name
+    for folder in _FOLDERS:
+        for file in sorted((run / folder).glob("*")):
+            if not stat.S_ISDIR(file.lstat().st_mode):
+                yield file.relative_to(run).as_posix()
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open_plain(file, RunError) as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
