@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-__all__ = ["MEASURES", "Measure", "Ratio", "Repeat", "aligned", "markdown", "medians", "ratio", "summary", "table"]
+__all__ = [
+    "MEASURES",
+    "Measure",
+    "Ratio",
+    "Repeat",
+    "aligned",
+    "markdown",
+    "medians",
+    "ratio",
+    "replaced",
+    "summary",
+    "table",
+]
 
 Repeat = Mapping[str, Mapping[str, float]]
 """One turn of all sides: side → measure → value."""
@@ -101,6 +114,12 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     first, *rest = lines
     rule = ["---", *["---:"] * (len(first) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [first, rule, *rest])
+
+
+def replaced(text: str, name: str, block: str) -> str:
+    """A page's text with what stands between its marks of `name` made anew."""
+    marks = re.compile(rf"(<!-- {name}: begin.*?-->\n).*?(<!-- {name}: end -->)", re.DOTALL)
+    return marks.sub(lambda found: f"{found[1]}\n{block}\n\n{found[2]}", text)
 
 
 def _compared(repeats: Sequence[Repeat], pair: Pair) -> list[Measure]:

@@ -9,7 +9,6 @@ README.md says what is equal on both sides and what is not.
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 import sys
 import tempfile
@@ -19,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from cases import CASES, DEFAULT, Case, Workplace, profile
-from figures import aligned, markdown, summary, table
+from figures import aligned, markdown, replaced, summary, table
 from lora_cli.runs.directory import read_json, write_json
 from processes import surroundings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
-BLOCK = re.compile(r"(<!-- measured: begin.*?-->\n).*?(<!-- measured: end -->)", re.DOTALL)
+BLOCK = "measured"
 PROFILE = "profile"
 
 Document = dict[str, Any]
@@ -88,8 +87,7 @@ def page(text: str, document: Document) -> str:
     parts = [_section(name, document[name]) for name in CASES if name in document]
     if PROFILE in document:
         parts.append(f"### {PROFILE}\n\n{markdown(profile_table(document[PROFILE]['top']))}")
-    block = "\n\n".join(parts or ["Nothing has been measured yet."])
-    return BLOCK.sub(lambda found: f"{found[1]}\n{block}\n\n{found[2]}", text)
+    return replaced(text, BLOCK, "\n\n".join(parts or ["Nothing has been measured yet."]))
 
 
 def _section(name: str, measured: Mapping[str, Any]) -> str:

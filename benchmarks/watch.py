@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import time
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,14 +27,20 @@ Notes = dict[str, Any]
 
 
 def watch_steps(notes: Notes, *, profile: bool = False) -> None:
-    """Note `first_step_s`, from the start of the process to the end of the first step; with `profile`, `profile`."""
+    """Note `first_step_s`, from the start of the process to the end of the first step, and `step_s`, the median time
+    between two ends of steps; with `profile`, `profile`.
+    """
+    ends: list[float] = []
     steps, profiler = 0, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
     def stepped(*_: object) -> None:
         nonlocal steps
         steps += 1
+        ends.append(time.monotonic())
         if steps == 1:
-            notes["first_step_s"] = time.monotonic() - float(os.environ[STARTED])
+            notes["first_step_s"] = ends[0] - float(os.environ[STARTED])
+        else:
+            notes["step_s"] = median(after - before for before, after in pairwise(ends))
         if profile and steps == PROFILED[0]:
             profiler.start()
         if profile and steps == PROFILED[1]:

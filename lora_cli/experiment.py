@@ -6,7 +6,8 @@ Knows the task, the model and the engine; not Hydra, nor which files a run folde
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from typing import Any, cast
 import torch
 
 from lora_cli import __version__
+from lora_cli.engine.batches import by_length
 from lora_cli.engine.checkpoint import Checkpoint, Progress
 from lora_cli.engine.device import Device, open_device
 from lora_cli.engine.evaluate import evaluate, forward, predict, rehearse
@@ -24,6 +26,7 @@ from lora_cli.engine.optim import check_optimizer
 from lora_cli.engine.selfcheck import check_same_logits
 from lora_cli.engine.train import Objective, Recorder, Stop, train
 from lora_cli.errors import ConfigError
+from lora_cli.frozen_cache import FrozenCache
 from lora_cli.models import BaseModel, load_base, save_config
 from lora_cli.nn import (
     INITS,
@@ -65,6 +68,8 @@ class Experiment:
     fingerprint: str
     """The base model's."""
     device: Device
+    cache: FrozenCache | None
+    """What the lower layers make of the texts; None: they run at every step."""
 
     @classmethod
     def build(cls, spec: TrainRun, task: Task, rows: Mapping[str, Rows]) -> Experiment:
@@ -119,6 +124,7 @@ class Experiment:
             injection=injection,
             fingerprint=base.fingerprint,
             device=device,
+            cache=_cache(spec, task, base, data["train"], device, is_packed=is_packed),
         )
 
     @property
@@ -155,6 +161,7 @@ class Experiment:
         answers = metric in TEXT_METRICS
         if resume is not None:
             load_trainable_state(model, resume.trained)
+        filled_s = self._fill_cache() if self.cache else 0.0
         outcome = train(
             model,
             self.task,
@@ -174,12 +181,29 @@ class Experiment:
             method=Allocator(adapted_layers(model).values(), lora.adalora) if lora.variant == "adalora" else None,
             stop=stop,
         )
+        # Part of what the steps cost, so that rows/s are those of the work.
+        outcome.progress.train_s += filled_s
+        if self.cache:
+            self.cache.close()
         scorer = outcome.last_scorer
         if spec.restore_best and outcome.best is not None:
             load_trainable_state(model, outcome.best)
             scorer = outcome.best_scorer
-        is_whole = answers or not self.task.generates
+        # What is kept of lower layers agrees with what they compute up to rounding, and figures are to the last digit.
+        is_whole = self.cache is None and (answers or not self.task.generates)
         return outcome.progress, cast("Scorer | TextScorer", scorer) if is_whole else None
+
+    def _fill_cache(self) -> float:
+        """Keep what the lower layers make of the texts of both splits; returns how long it took, in s."""
+        assert self.cache is not None
+        started = time.perf_counter()
+        for split in ("train", "validation"):
+            examples = self.data[split].examples
+            # Always the same batches: what a text becomes depends on them in its last bits.
+            batches = by_length([example.num_tokens for example in examples], self.spec.train.eval_batch_size)
+            chosen = ([examples[number] for number in numbers] for numbers in batches)
+            self.cache.fill(partial(_forward, self.task, self.base, each, self.device) for each in chosen)
+        return time.perf_counter() - started
 
     def save(self, folder: Path) -> None:
         """Write the adapter, load it back from disk, and check that nothing was lost on the way.
@@ -342,6 +366,30 @@ def _remove_padding(task: Task, base: BaseModel, data: Encoded, device: Device) 
     return True
 
 
+def _cache(
+    spec: TrainRun, task: Task, base: BaseModel, data: Encoded, device: Device, *, is_packed: bool
+) -> FrozenCache | None:
+    """An empty cache, if one is asked for.
+
+    Raises:
+        ConfigError: the model pads, or nothing that could be kept stays the same.
+    """
+    kind = spec.train.cache
+    if kind == "off":
+        return None
+    if not is_packed:
+        raise ConfigError("train.cache", kind, f"only where {base.family} runs without padding (train.packing)")
+    forward = partial(_forward, task, base, data.examples[:_CHECKED], device)
+    return FrozenCache(base.model, forward, kind=kind, limit=int(spec.train.cache_gib * 2**30))
+
+
+def _forward(task: Task, base: BaseModel, examples: Sequence[Any], device: Device) -> None:
+    """The model on a few examples."""
+    batch = device.move(task.collate(examples))
+    with device.autocast():
+        forward(base.model, batch)
+
+
 def _libraries(base: BaseModel) -> tuple[str, ...]:
     """Libraries, besides those that every run uses, on which the last digits depend."""
     return ("bitsandbytes",) if base.quantized else ()
@@ -352,10 +400,9 @@ def _single_forwards(
 ) -> Iterator[Callable[[], object]]:
     """The model on a few training examples, one by one, so that no layer is given padding."""
 
+    @torch.no_grad()
     def run(number: int) -> None:
-        batch = device.move(task.collate([data.examples[number]]))
-        with torch.no_grad(), device.autocast():
-            forward(base.model, batch)
+        _forward(task, base, [data.examples[number]], device)
 
     base.model.eval()
     order = torch.randperm(len(data.examples), generator=torch.Generator().manual_seed(seed))

@@ -18,6 +18,7 @@ from lora_cli.errors import ConfigError, UnknownName
 
 __all__ = [
     "BIASES",
+    "CACHES",
     "CHAT_TEMPLATES",
     "COMBINE_METHODS",
     "DEVICES",
@@ -81,6 +82,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 QUANTIZATIONS = ("none", "nf4", "int8")
 OPTIMIZERS = ("adamw", "paged_adamw")
+CACHES = ("off", "memory", "disk")
 SCHEDULES = ("linear", "cosine", "constant")
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
 METRICS = ("accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman")
@@ -528,6 +530,11 @@ class TrainSpec:
     packing: bool | None = None
     """Compute no padding: the texts of a batch run end to end, and none sees another. None: where the model's family
     allows it; true: refuse one that does not; false: pad."""
+    cache: str = "off"
+    """Where the input of the first layer that trains is kept for later epochs, if all below it is frozen and drops
+    nothing out (model.dropout=0): off, memory, or disk (the system's temporary folder)."""
+    cache_gib: float = 2.0
+    """At most so much is kept, in GiB; of texts beyond it the lower layers run again."""
     length_window: int = 32
     """Batches among which shuffled examples are sorted by length, to save padding; 1: none."""
     lr: float = 5e-4
@@ -574,6 +581,8 @@ class TrainSpec:
         for name in ("max_steps", "eval_every", "save_every", "patience"):
             _at_least(f"train.{name}", getattr(self, name), 1, optional=True)
         _one_of("train.optimizer", self.optimizer, OPTIMIZERS, "optimizer")
+        _one_of("train.cache", self.cache, CACHES, "place")
+        _positive("train.cache_gib", self.cache_gib)
         for name in ("batch_size", "accumulation", "eval_batch_size", "length_window", "keep", "log_every"):
             _at_least(f"train.{name}", getattr(self, name), 1)
         _positive("train.lr", self.lr)

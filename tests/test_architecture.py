@@ -18,7 +18,7 @@ LAYERS = (
     ("spec",),
     ("chart", "disk", "dot_plot", "dropout", "families", "hub", "isolation", "process"),
     ("row_attention", "screen", "terminal", "tokenizer", "trackers", "words"),
-    ("config", "nn", "runs", "sources", "tasks", "unpadded"),
+    ("config", "frozen_cache", "nn", "runs", "sources", "tasks", "unpadded"),
     ("reader",),
     ("engine", "help", "merged", "models", "onnx_file", "preview"),
     ("certificate", "comparison_view", "experiment", "saved"),
@@ -30,7 +30,7 @@ LAYERS = (
 RANKS = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 STDLIB_ONLY = ("errors", "spec")
-TORCH_AT_IMPORT = ("nn", "engine", "experiment", "merged", "onnx_file", "saved")
+TORCH_AT_IMPORT = ("nn", "engine", "experiment", "frozen_cache", "merged", "onnx_file", "saved")
 HEAVY = ("torch", "transformers", "datasets", "evaluate", "sklearn", "scipy", "pyarrow", "huggingface_hub")
 COMPUTED = {f"{name}_seed" for name in ("init", "data", "dropout")}
 COMPUTED |= {f"{split}{limit}" for split in ("train", "validation", "test") for limit in ("", "_limit")}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_cli import experiment as experiments
 from lora_cli.config import conf_dir
+from lora_cli.engine.checkpoint import Checkpoint
 from lora_cli.engine.evaluate import forward
 from lora_cli.errors import ConfigError, TrainingFailure, UnknownName
 from lora_cli.experiment import Experiment
@@ -23,6 +26,51 @@ TINY = ModelSpec(
 INTENTS = ClassificationSpec(
     name="support_intents", data=DataSpec(embedded="support_intents", train_limit=24, validation_limit=12)
 )
+
+
+UPPER = {
+    "model": ModelSpec(
+        name="tiny",
+        family="bert",
+        dropout=0.0,
+        random={"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2},
+    ),
+    "lora": LoraSpec(targets=[r"re:.*layer\.2\..*(query|value)"], dropout=0.3),
+}
+"""Only the last layer is adapted, and what is below drops nothing."""
+ALBERT = ModelSpec(**{**vars(UPPER["model"]), "family": "albert"})
+HALF = 2e-4
+"""GiB for about half of what a cache would keep of the texts."""
+
+
+class Notes:
+    """A recorder that keeps what depends on configuration and data, and every checkpoint."""
+
+    def __init__(self) -> None:
+        self.values: list[float | None] = []
+        self.checkpoints: list[Checkpoint] = []
+
+    def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
+        self.values += values.values()
+
+    def progress(self, *args: object) -> None:
+        pass
+
+    def scored(self, *args: object, best: bool) -> None:
+        pass
+
+    def checkpoint(self, checkpoint: Checkpoint) -> None:
+        self.checkpoints.append(copy.deepcopy(checkpoint))
+
+
+def train_upper(cache: str, *, gib: float = 1.0, resume: Checkpoint | None = None) -> Notes:
+    """Nine steps in three epochs, each logged."""
+    spec = TrainSpec(
+        epochs=3, batch_size=8, eval_batch_size=4, log_every=1, save_every=1, lr=1e-2, cache=cache, cache_gib=gib
+    )
+    notes = Notes()
+    build(**UPPER, train=spec).train(notes, resume)
+    return notes
 
 
 def build(model: ModelSpec = TINY, **settings: object) -> Experiment:
@@ -130,3 +178,50 @@ def test_texts_longer_than_the_model_can_read_are_cut_not_an_index_error() -> No
     experiment = Experiment.build(TrainRun(task=spec, model=TINY), task, rows)
     assert experiment.data["train"].num_truncated == len(rows["train"])
     assert max(example.num_tokens for example in experiment.data["train"].examples) == experiment.base.max_length
+
+
+@pytest.mark.parametrize(("cache", "gib"), [("memory", 1.0), ("disk", 1.0), ("memory", HALF)])
+def test_a_training_with_a_cache_of_what_is_frozen_is_the_same_and_resumes_to_the_last_bit(
+    cache: str, gib: float
+) -> None:
+    plain, kept = train_upper("off"), train_upper(cache, gib=gib)
+    assert len(kept.values) > 30
+    assert kept.values == pytest.approx(plain.values, abs=1e-6)
+    resumed = train_upper(cache, gib=gib, resume=kept.checkpoints[3])
+    assert resumed.values == kept.values[-len(resumed.values) :]
+    last, again = kept.checkpoints[-1].trained, resumed.checkpoints[-1].trained
+    assert all(torch.equal(last[name], again[name]) for name in last)
+
+
+def test_a_cache_is_bounded_filled_before_the_first_step_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def train(*args: object, **settings: object) -> object:
+        seen.append((experiment.cache.num_texts, experiment.cache.num_bytes))
+        return original(*args, **settings)
+
+    original = experiments.train
+    monkeypatch.setattr(experiments, "train", train)
+    for gib in (1.0, HALF):
+        experiment = build(**UPPER, train=TrainSpec(epochs=1, eval_batch_size=4, cache="memory", cache_gib=gib))
+        experiment.train(Notes(), None)
+        assert experiment.cache.num_texts == 0
+    (everything, num_bytes), (some, num_bytes_of_some) = seen
+    assert everything == 24 + 12
+    assert 0 < some < 24, (num_bytes, num_bytes_of_some)
+    assert num_bytes_of_some <= HALF * 2**30 < num_bytes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train": TrainSpec(cache="memory", packing=False)}, "only where bert runs without padding"),
+        ({"model": ModelSpec(**{**vars(UPPER["model"]), "dropout": None})}, "only with model.dropout=0"),
+        ({"lora": LoraSpec()}, "only where the lower layers are frozen"),
+        ({"model": ALBERT, "lora": LoraSpec(targets=[])}, "not with albert, one layer of which"),
+        ({"lora": LoraSpec(targets=[], modules_to_save=["word_embeddings"])}, "only where the lower layers are frozen"),
+    ],
+)
+def test_a_cache_is_refused_where_it_would_compute_something_else(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"train\.cache=memory: {message}"):
+        build(**{**UPPER, "train": TrainSpec(cache="memory"), **settings})

@@ -276,6 +276,9 @@ def _show(screen: Screen, experiment: Experiment) -> None:
     if base.quantized:
         screen.fact("quantised", base.quantized.describe())
     screen.fact("device", f"{experiment.device} ({experiment.device.reason})")
+    if experiment.cache:
+        kept = f"the input of layer {experiment.cache.first} (counted from 0) of each text, at most"
+        screen.fact("cache", f"{kept} {experiment.spec.train.cache_gib:g} GiB ({experiment.spec.train.cache})")
     table = [
         (_layers(row.pattern, row.modules), len(row.modules), _ranks(row.ranks), row.num_parameters)
         for row in injection.rows

@@ -14,12 +14,14 @@ from lora_cli.tasks.rows import Rows, unknown
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Encoded", "Example", "Reader", "columns_of", "encode_rows", "padded", "text_cells"]
+__all__ = ["AT_ONCE", "Encoded", "Example", "Reader", "columns_of", "encode_rows", "padded", "text_cells"]
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _CHARACTERS_PER_TOKEN = 50
 """Text beyond this many characters per token that fits is dropped before tokenizing, and counted as truncated:
 the tokenizer would else lay out all of it, for a pair all combinations of the pieces of both texts."""
+AT_ONCE = 1024
+"""Texts in one call of the tokenizer: what it keeps of each besides the ids is many times as large."""
 
 
 class Reader(Protocol):
@@ -92,14 +94,13 @@ def encode_rows(
     cells = text_cells(rows, [*text, *choices])
     limit = max_length * _CHARACTERS_PER_TOKEN
     pairs = [pair for row in cells for pair in _pairs([cell[:limit] for cell in row], len(choices))]
-    firsts = [first for first, _ in pairs]
-    seconds = [second for _, second in pairs if second is not None]
-    encoded = tokenizer(
-        firsts, seconds or None, truncation="longest_first", max_length=max_length, return_attention_mask=False
-    )
+    ids, types, cut = [], [], []
+    for start in range(0, len(pairs), AT_ONCE):
+        found = _tokenized(pairs[start : start + AT_ONCE], tokenizer, max_length)
+        ids += found[0]
+        types += found[1]
+        cut += found[2]
     width = max(1, len(choices))
-    cut = [bool(encoding.overflowing) for encoding in encoded.encodings]
-    ids, types = encoded["input_ids"], encoded.get("token_type_ids")
     spans = [slice(start, start + width) for start in range(0, len(ids), width)]
     return Encoded(
         examples=[
@@ -112,6 +113,19 @@ def encode_rows(
         num_empty=sum(not all(cell.strip() for cell in row) for row in cells),
         num_tokens=sum(map(len, ids)),
     )
+
+
+def _tokenized(
+    pairs: Sequence[tuple[str, str | None]], tokenizer: Any, max_length: int
+) -> tuple[list[list[int]], list[list[int]], list[bool]]:
+    """(token ids, their types if the tokenizer tells them, whether it was cut) of each text or pair."""
+    firsts = [first for first, _ in pairs]
+    seconds = [second for _, second in pairs if second is not None]
+    encoded = tokenizer(
+        firsts, seconds or None, truncation="longest_first", max_length=max_length, return_attention_mask=False
+    )
+    cut = [bool(encoding.overflowing) for encoding in encoded.encodings]
+    return encoded["input_ids"], encoded.get("token_type_ids", []), cut
 
 
 def _pairs(cells: Sequence[str], num_choices: int) -> list[tuple[str, str | None]]:

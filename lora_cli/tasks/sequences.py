@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import ConfigError, ModelError
-from lora_cli.tasks.encoding import Encoded, padded
+from lora_cli.tasks.encoding import AT_ONCE, Encoded, padded
 from lora_cli.tasks.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -122,14 +122,11 @@ class Writer:
 
     def prompts(self, prompts: Sequence[Prompt], budget: int, side: str) -> tuple[list[list[int]], list[bool]]:
         """(token ids, whether it was cut) of each prompt: its longest cell is cut at `side`, the template last."""
-        clipped = [_clipped(prompt, budget * _CHARACTERS_PER_TOKEN, side) for prompt in prompts]
-        encoded = self._tokenized([prompt.text for prompt in clipped], offsets=True)
         # What follows a text of an encoder would end a decoder's before its answer.
         after = self._after if self.decoder_start is not None else []
         before = self.before
         found, cuts = [], []
-        rows = zip(prompts, clipped, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        for prompt, shorter, ids, offsets in rows:
+        for prompt, shorter, ids, offsets in self._read(prompts, budget * _CHARACTERS_PER_TOKEN, side):
             end = [self.eos, *after] if prompt.ends and self.eos not in after else after
             kept = _fitted(offsets, shorter.cells, budget - len(before) - len(end), side)
             # An answer has to follow something.
@@ -170,6 +167,14 @@ class Writer:
         plain = self._tokenized([self.unguarded(part) for parts in parted for part in parts[1::2]])["input_ids"]
         sources = iter(meant), iter(plain)
         return [[token for number in range(len(parts)) for token in next(sources[number % 2])] for parts in parted]
+
+    def _read(self, prompts: Sequence[Prompt], limit: int, side: str) -> Iterator[tuple[Prompt, Prompt, Any, Any]]:
+        """(prompt, with its cells cut to `limit` characters, its token ids, their places in the text) of each."""
+        for start in range(0, len(prompts), AT_ONCE):
+            part = prompts[start : start + AT_ONCE]
+            clipped = [_clipped(prompt, limit, side) for prompt in part]
+            encoded = self._tokenized([prompt.text for prompt in clipped], offsets=True)
+            yield from zip(part, clipped, encoded["input_ids"], encoded["offset_mapping"], strict=True)
 
     def _tokenized(self, texts: Sequence[str], *, offsets: bool = False) -> Any:
         if not texts:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_cli.errors import ConfigError, DataError, ModelError, UnknownName
 from lora_cli.spec import ClassificationSpec, TaskSpec
-from lora_cli.tasks import build_task
+from lora_cli.tasks import build_task, encoding
 from lora_cli.tasks.classification import Classification
 from lora_cli.tasks.rows import Rows
 from tasks.readers import Reader
@@ -63,6 +63,16 @@ def test_a_text_becomes_tokens_and_a_label(reader) -> None:
         (1, 1, 3),
     ]
     assert (encoded.num_tokens, encoded.num_truncated, encoded.num_empty) == (7, 0, 0)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_many_texts_are_tokenized_in_parts(reader, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    rows = texts("a b", "c", "", "d e " * 20, "e")
+    pairs = rows_of(*({"text": "a", "x": letter, "y": "d " * 40, "label": "yes"} for letter in "abcde"))
+    settings = {"choices": ["x", "y"], "labels": ["yes", "no"]}
+    wanted = task_of().encode(rows, reader), task_of(**settings).encode(pairs, reader)
+    monkeypatch.setattr(encoding, "AT_ONCE", at_once)
+    assert (task_of().encode(rows, reader), task_of(**settings).encode(pairs, reader)) == wanted
 
 
 def test_a_pair_has_two_segments(reader) -> None:

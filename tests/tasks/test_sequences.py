@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_cli.errors import ConfigError, ModelError
+from lora_cli.tasks import sequences
 from lora_cli.tasks.prompts import Prompt, Template
 from lora_cli.tasks.sequences import IGNORED, TextExample, Writer, collate, learnt
 from tasks.readers import DECODERS, READERS, Reader, reader_like
@@ -102,6 +103,15 @@ def test_the_longest_cell_is_cut_at_the_named_side() -> None:
     assert [kept("right", 12), kept("left", 12)] == ["[012345|abc]", "[456789|abc]"]
     assert [kept("right", 5), kept("left", 5)] == ["[|ab]", "[|bc]"]
     assert [kept("right", 2), kept("left", 2)] == ["[|", "|]"]
+
+
+def test_many_prompts_are_tokenized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = Writer(reader_like("t5").tokenizer, 0)
+    prompts = [prompt_of("then", "in " * number) for number in range(5)]
+    wanted = writer.prompts(prompts, 9, "right")
+    assert len(set(wanted[1])) == 2
+    monkeypatch.setattr(sequences, "AT_ONCE", 2)
+    assert writer.prompts(prompts, 9, "right") == wanted
 
 
 def test_a_huge_cell_is_clipped_before_it_is_tokenized() -> None:
