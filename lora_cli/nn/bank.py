@@ -141,19 +141,14 @@ class Bank:
             UnknownName: an adapter that is not there.
             AdapterError: in the forward pass: a batch of other rows, or one that the model cannot mix.
         """
-        if self._is_busy:
-            raise AdapterError("a batch is in this bank already; its rows have their adapters")
+        if self._is_busy or not names:
+            why = "a batch is in this bank already; its rows have their adapters" if names else "a batch of no rows"
+            raise AdapterError(why)
         used = tuple(dict.fromkeys(name for name in names if name is not None))
         for name in used:
             self._check_known(name)
-        if not used:
-            yield
-            return
-        seating = Seating(
-            [-1 if name is None else used.index(name) for name in names],
-            len(used),
-            next(self.model.parameters()).device,
-        )
+        device = next(self.model.parameters()).device
+        seating = Seating([-1 if name is None else used.index(name) for name in names], len(used), device)
         self._is_busy, handles = True, list(self._hooks(used, seating))
         try:
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,9 +282,11 @@ def test_the_base_is_left_as_it_was_and_names_come_and_go(save: Callable[..., Pa
 
 def test_a_batch_of_other_rows_is_refused() -> None:
     bank, _ = filled(tiny("bert"), ["a", "b"], ["query"], fresh=FRESH["bert"])
-    for names in (["a", "b"], ["a", "b"] * 7):
+    for names in (["a", "b"], ["a", "b"] * 7, [None] * 3):
         with pytest.raises(AdapterError, match=f"a batch of 7 rows, and adapters for {len(names)}"), bank.rows(names):
             bank.model(**texts())
+    with pytest.raises(AdapterError, match="of no rows"), bank.rows([]):
+        pass
     with pytest.raises(AdapterError, match="in this bank already"), bank.rows(["a"]), bank.rows(["b"]):
         pass
     with pytest.raises(AdapterError, match="in this bank;"), bank.rows(["a"]):
@@ -377,3 +380,26 @@ def test_peft_computes_the_same_mixed_batch(tmp_path: Path) -> None:
         found = bank.model(**texts()).logits
         wanted = peer(**texts(), adapter_names=names).logits
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_example_of_the_page_runs(
+    save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "film": 2, "parcel": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = ["input_ids", "attention_mask"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", model_input_names=names)
+    for part in (tiny("roberta"), tokenizer):
+        part.save_pretrained(tmp_path / "base-model")
+    (tmp_path / "adapters").mkdir()
+    for name, num_labels in (("tickets", 4), ("reviews", 2)):
+        save("roberta", name, num_labels=num_labels).rename(tmp_path / "adapters" / name)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert found["logits"].isfinite().sum(1).tolist() == [4, 2, 3]
