@@ -14,30 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from lora_cli.errors import AdapterError, ConfigError, UnknownName
 from lora_cli.nn.adapter import AdapterFile, inject_tensors, read_adapter, read_tensors
 from lora_cli.nn.inject import Injection, adapted_layers, inject_plan
 from lora_cli.nn.kinds import kind_of
 from lora_cli.nn.layers import LoraLayer
+from lora_cli.nn.mixing import Part, Slot
 from lora_cli.nn.peft_tensors import stored_tensors
-from lora_cli.nn.seats import Seating, Seats
+from lora_cli.nn.seats import Seating
 from lora_cli.nn.targets import FULL, Plan, is_inside, plan_adapter
 from lora_cli.nn.tokens import TokenRows
 from lora_cli.nn.untrusted import where
 from lora_cli.spec import LoraSpec
 
 __all__ = ["Bank", "Member"]
-
-_TOGETHER = 8_000_000
-"""Up to this many multiplications the adapters of a batch are computed as one.
-
-One product over all of them, of which each row keeps its own block, grows with their number; one after the other they
-do not, but each takes four calls. For MiniLM (384) and r 8, on one core: 8 adapters on 32 tokens took 0.80 of the time
-together, on 384 tokens 1.15; 32 adapters 1.1 on 32 tokens, 3.5 on 384.
-"""
 
 
 @dataclass(frozen=True)
@@ -61,12 +53,12 @@ class Bank:
             raise AdapterError("the model is adapted already; a bank needs the base alone")
         self.model = model.requires_grad_(False)
         self._fresh, self._fingerprint = tuple(fresh), fingerprint
-        self._parts: dict[str, dict[str, _Part]] = {}
+        self._parts: dict[str, dict[str, Part]] = {}
         """Adapter → name of a module → what computes it for this adapter."""
         self._bytes: dict[str, int] = {}
         self._called: set[str] = set()
         """Modules that are known to be called by the model, which might read their weight instead."""
-        self._last: tuple[tuple[str, ...], dict[str, _Slot]] = ((), {})
+        self._last: tuple[tuple[str, ...], dict[str, Slot]] = ((), {})
         self._is_busy = False
 
     @property
@@ -144,9 +136,10 @@ class Bank:
         if self._is_busy or not names:
             why = "a batch is in this bank already; its rows have their adapters" if names else "a batch of no rows"
             raise AdapterError(why)
-        used = tuple(dict.fromkeys(name for name in names if name is not None))
-        for name in used:
-            self._check_known(name)
+        for name in names:
+            if name is not None:
+                self._check_known(name)
+        used = tuple(name for name in self._parts if name in set(names))
         device = next(self.model.parameters()).device
         seating = Seating([-1 if name is None else used.index(name) for name in names], len(used), device)
         self._is_busy, handles = True, list(self._hooks(used, seating))
@@ -167,14 +160,14 @@ class Bank:
                 parent = self.model.get_submodule(name.rpartition(".")[0])
                 yield parent.register_forward_hook(lambda *_, slot=slot: self._check_called(slot))
 
-    def _check_called(self, slot: _Slot) -> None:
+    def _check_called(self, slot: Slot) -> None:
         if not slot.was_called:
             raise AdapterError(
                 f"{slot.name}: the model reads its weight and never calls it, so rows cannot differ there"
             )
         self._called.add(slot.name)
 
-    def _slots(self, used: tuple[str, ...]) -> dict[str, _Slot]:
+    def _slots(self, used: tuple[str, ...]) -> dict[str, Slot]:
         """What the adapters do to each module; kept for the next batch, which mostly has the same adapters."""
         if self._last[0] != used:
             touched = dict.fromkeys(name for adapter in used for name in self._parts[adapter])
@@ -182,7 +175,7 @@ class Bank:
             self._last = (
                 used,
                 {
-                    name: _Slot(name, {number: own[name] for number, own in enumerate(parts) if name in own})
+                    name: Slot(name, {number: own[name] for number, own in enumerate(parts) if name in own})
                     for name in touched
                 },
             )
@@ -212,111 +205,7 @@ class Bank:
         return Member(twin.train(self.model.training), injection)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What computes one module for one adapter."""
-
-    module: nn.Module
-    is_beside: bool
-    """Whether it starts from the base's output, as nothing inside it but A, B and the like is the adapter's own."""
-
-    @property
-    def layer(self) -> LoraLayer | None:
-        """The layer that only adds s B A x, if it is one."""
-        is_sum = self.is_beside and isinstance(self.module, LoraLayer) and self.module.pair() is not None
-        return self.module if is_sum else None  # type: ignore[return-value]
-
-
-class _Slot:
-    """What the adapters of a batch do to one module's output. `parts`: number of an adapter → what computes it."""
-
-    def __init__(self, name: str, parts: Mapping[int, _Part]) -> None:
-        self.name, self._parts = name, parts
-        self._layers = {number: part.layer for number, part in parts.items() if part.layer is not None}
-        self._others = {number: part for number, part in parts.items() if number not in self._layers}
-        self._rank = sum(len(_pair(layer)[0]) for layer in self._layers.values())
-        self._stack: tuple[Any, _Stack] | None = None
-        self.was_called = False
-
-    def start(self, seating: Seating, *, is_training: bool) -> None:
-        """A batch begins."""
-        self._seating, self.was_called = seating, False
-        for part in self._parts.values():
-            if part.module.training != is_training:
-                part.module.train(is_training)
-
-    def answer(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Tensor:
-        """The module's forward hook."""
-        self.was_called = True
-        x, *others = (*args, *kwargs.values())
-        if not all(isinstance(each, Tensor) for each in (x, output, *others)):
-            raise AdapterError(f"{self.name}: takes or returns more than tensors, so rows cannot differ there")
-        seats = self._seating.seats(x, self.name)
-        if self._layers:
-            output = self._added(x, output, seats)
-        return self._replaced(args, kwargs, output, seats) if self._others else output
-
-    def _added(self, x: Tensor, output: Tensor, seats: Seats) -> Tensor:
-        """`output`, in place, with the updates that are sums."""
-        layers = self._layers
-        work = x.shape[:-1].numel() * self._rank * (x.shape[-1] + output.shape[-1])
-        drops = any(layer.training and not isinstance(layer.dropout, nn.Identity) for layer in layers.values())
-        if len(layers) > 1 and work <= _TOGETHER and not drops:
-            A, B, block = self._stacked()
-            h = functional.linear(x, A.to(x.dtype))
-            # Filled, not multiplied by zero: another adapter's infinity must not reach this row.
-            h = h.masked_fill_(seats.outside(block, x.ndim), 0.0)
-            return output.add_(functional.linear(h, B.to(h.dtype)))
-        for number, layer in layers.items():
-            if seats.has(number):
-                A, B = _pair(layer)
-                h = functional.linear(layer.dropout(seats.take(x, number)), A.to(x.dtype)) * layer.scaling
-                output = seats.add(output, number, functional.linear(h, B.to(h.dtype)).to(output.dtype))
-        return output
-
-    def _stacked(self) -> _Stack:
-        """All A, all s B, and the adapter of each rank; kept until one is written to, unless gradients are wanted."""
-        parameters = [p for layer in self._layers.values() for p in layer.parameters(recurse=False)]
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        state = None if trains else [(p._version, p.data_ptr()) for p in parameters]
-        if state is not None and self._stack is not None and self._stack[0] == state:
-            return self._stack[1]
-        pairs = {number: _pair(layer) for number, layer in self._layers.items()}
-        numbers = torch.tensor([number for number, (A, _) in pairs.items() for _ in range(len(A))])
-        stack = (
-            torch.cat([A for A, _ in pairs.values()]),
-            torch.cat([B * self._layers[number].scaling for number, (_, B) in pairs.items()], dim=1),
-            numbers.to(parameters[0].device),
-        )
-        self._stack = None if state is None else (state, stack)
-        return stack
-
-    def _replaced(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, seats: Seats) -> Tensor:
-        """`output` with the rows of the other adapters computed by their own modules."""
-        found = {}
-        for number, part in self._others.items():
-            if seats.has(number):
-                own = [seats.take(x, number) for x in args]
-                if part.is_beside:
-                    assert isinstance(part.module, LoraLayer | TokenRows)
-                    y = part.module.adapted(own[0], seats.take(output, number))
-                else:
-                    # Past its hooks: what they do to a batch, the base's have done.
-                    y = part.module.forward(*own, **{key: seats.take(x, number) for key, x in kwargs.items()})
-                found[number] = y.to(output.dtype)
-        return seats.put(output, found)
-
-
-_Stack = tuple[Tensor, Tensor, Tensor]
-
-
-def _pair(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    pair = layer.pair()
-    assert pair is not None, "others are computed by themselves"
-    return pair
-
-
-def _parts(twin: nn.Module, plan: Plan, own: Collection[int]) -> Iterator[tuple[str, _Part]]:
+def _parts(twin: nn.Module, plan: Plan, own: Collection[int]) -> Iterator[tuple[str, Part]]:
     """The outermost modules of `twin` that compute something else than the base's; `own` are ids of its own tensors."""
     last = None
     for name, module in twin.named_modules():
@@ -326,7 +215,7 @@ def _parts(twin: nn.Module, plan: Plan, own: Collection[int]) -> Iterator[tuple[
         if is_layer or name in plan.whole or any(id(p) in own for p in module.parameters(recurse=False)):
             last = name
             base = module.base_layer if is_layer else module
-            yield name, _Part(module, is_layer and not any(id(p) in own for p in base.parameters()))
+            yield name, Part.of(module, is_beside=is_layer and not any(id(p) in own for p in base.parameters()))
 
 
 def _fit_head(twin: nn.Module, file: AdapterFile, fresh: Sequence[str]) -> None:

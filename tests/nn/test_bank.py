@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lora_cli.errors import AdapterError, ConfigError, UnknownName
-from lora_cli.nn import bank as banks
-from lora_cli.nn import fingerprint, inject, load_adapter, quantize, save_adapter
+from lora_cli.nn import fingerprint, inject, load_adapter, mixing, quantize, save_adapter
 from lora_cli.nn.bank import Bank
 from lora_cli.spec import LoraSpec
 from lora_cli.unpadded import remove_padding
@@ -109,7 +108,7 @@ def test_any_rows_may_have_any_adapters(bert: tuple[Bank, dict[Any, nn.Module]],
 
 @pytest.mark.parametrize("limit", [0, 10**12], ids=["each", "together"])
 def test_updates_may_be_computed_together_or_one_by_one(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(banks, "_TOGETHER", limit)
+    monkeypatch.setattr(mixing, "_TOGETHER", limit)
     bank, alone = encoder("bert", packed=True)
     names = ["a", "b", None, "pissa", "adalora", "b", "a"]
     check_mixed(bank, alone, names, texts())
