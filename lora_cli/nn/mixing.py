@@ -55,7 +55,9 @@ class Slot:
         self._layers = {n: part.module for n, part in parts.items() if part.rank and isinstance(part.module, LoraLayer)}
         self._others = {number: part for number, part in parts.items() if number not in self._layers}
         self._rank = sum(part.rank or 0 for part in parts.values())
-        self._stack: tuple[Any, _Stack] | None = None
+        self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._stack: _Stack | None = None
+        self._state: list[tuple[int, int]] | None = None
         self.was_called = False
 
     def start(self, seating: Seating, *, is_training: bool) -> None:
@@ -81,6 +83,7 @@ class Slot:
         layers = self._layers
         work = x.shape[:-1].numel() * self._rank * (x.shape[-1] + output.shape[-1])
         drops = any(layer.training and not isinstance(layer.dropout, nn.Identity) for layer in layers.values())
+        self._refresh()
         if len(layers) > 1 and work <= _TOGETHER and not drops:
             A, B, block = self._stacked()
             h = functional.linear(x, A.to(x.dtype))
@@ -89,27 +92,27 @@ class Slot:
             return output.add_(functional.linear(h, B.to(h.dtype)))
         for number, layer in layers.items():
             if seats.has(number):
-                A, B = _pair(layer)
-                h = functional.linear(layer.dropout(seats.take(x, number)), A.to(x.dtype)) * layer.scaling
+                A, B = self._pairs[number]
+                h = functional.linear(layer.dropout(seats.take(x, number)), A.to(x.dtype))
                 output = seats.add(output, number, functional.linear(h, B.to(h.dtype)).to(output.dtype))
         return output
 
-    def _stacked(self) -> _Stack:
-        """All A, all s B, and the adapter of each rank; kept until one is written to, unless gradients are wanted."""
-        parameters = [p for layer in self._layers.values() for p in layer.parameters(recurse=False)]
+    def _refresh(self) -> None:
+        """Have A and s B of each layer: kept until one is written to, unless gradients are wanted."""
+        parameters = [p for layer in self._layers.values() for p in layer._parameters.values() if p is not None]
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
         state = None if trains else [(p._version, p.data_ptr()) for p in parameters]
-        if state is not None and self._stack is not None and self._stack[0] == state:
-            return self._stack[1]
-        pairs = {number: _pair(layer) for number, layer in self._layers.items()}
-        numbers = torch.tensor([number for number, (A, _) in pairs.items() for _ in range(len(A))])
-        stack = (
-            torch.cat([A for A, _ in pairs.values()]),
-            torch.cat([B * self._layers[number].scaling for number, (_, B) in pairs.items()], dim=1),
-            numbers.to(parameters[0].device),
-        )
-        self._stack = None if state is None else (state, stack)
-        return stack
+        if state is None or state != self._state:
+            found = {number: (layer.pair(), layer.scaling) for number, layer in self._layers.items()}
+            self._pairs = {number: (pair[0], pair[1] * s) for number, (pair, s) in found.items() if pair is not None}
+            self._state, self._stack = state, None
+
+    def _stacked(self) -> _Stack:
+        if self._stack is None:
+            numbers = torch.tensor([number for number, (A, _) in self._pairs.items() for _ in range(len(A))])
+            factors_A, factors_B = zip(*self._pairs.values(), strict=True)
+            self._stack = torch.cat(factors_A), torch.cat(factors_B, dim=1), numbers.to(factors_A[0].device)
+        return self._stack
 
     def _replaced(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, seats: Seats) -> Tensor:
         """`output` with the rows of the other adapters computed by their own modules."""
@@ -125,9 +128,3 @@ class Slot:
                     y = part.module.forward(*own, **{key: seats.take(x, number) for key, x in kwargs.items()})
                 found[number] = y.to(output.dtype)
         return seats.put(output, found)
-
-
-def _pair(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    pair = layer.pair()
-    assert pair is not None, "others are computed by themselves"
-    return pair
