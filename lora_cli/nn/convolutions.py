@@ -83,9 +83,10 @@ class LoraConvolution(LoraLayer):
         ax = ax_R.movedim(-1, self._channels)
         return _FUNCTIONS[num_dimensions](ax, pointwise, groups=self.num_groups).movedim(self._channels, -1)
 
-    def _adapted(self, x: Tensor, base: Tensor) -> Tensor:
+    def adapted(self, x: Tensor, base: Tensor) -> Tensor:
+        """The layer's output from the base's, unmerged."""
         # Views: the channels are last in between, where variants expect outputs, and the memory stays as it was.
-        return super()._adapted(x, base.movedim(self._channels, -1)).movedim(-1, self._channels)
+        return super().adapted(x, base.movedim(self._channels, -1)).movedim(-1, self._channels)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lora_cli.errors import AdapterError
 from lora_cli.nn.dylora import DrawnRank
 from lora_cli.nn.fused import Placement
 from lora_cli.nn.inits import INITS, Block
-from lora_cli.nn.variants import VARIANTS, Measured
+from lora_cli.nn.variants import VARIANTS, Lora, Measured
 
 __all__ = ["LoraConv1D", "LoraLayer", "LoraLinear", "generator_for"]
 
@@ -240,6 +240,14 @@ class LoraLayer(nn.Module):
         B = self._whole_b()
         return B[: self.out_features] if self.placement is None else self.placement.spread(B)
 
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """(A, B) of which the layer adds s B A x to its base's output, with gradients; None: it does something else."""
+        variant = VARIANTS[self.variant]
+        if not self.is_projection or type(variant).combine is not Lora.combine:
+            return None
+        b_OR, core_R = self._placed_b(), variant.core(self)
+        return self._placed_a(), b_OR if core_R is None else b_OR * core_R
+
     def delta_matrix(self) -> Tensor:
         """s·(B · core)·A as (out, in), fp32, with gradients."""
         with torch.autocast(self.A.device.type, enabled=False):
@@ -253,10 +261,10 @@ class LoraLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in), or indices for an embedding, → (..., out)."""
         base: Tensor = self.base_layer(x)
-        return base if self.is_merged else self._adapted(x, base)
+        return base if self.is_merged else self.adapted(x, base)
 
-    def _adapted(self, x: Tensor, base: Tensor) -> Tensor:
-        """The layer's output from the base's."""
+    def adapted(self, x: Tensor, base: Tensor) -> Tensor:
+        """The layer's output from the base's, unmerged."""
         # Scaled at rank r, where it costs least.
         ax_R, core_R = self._reduce(x) * self.scaling, VARIANTS[self.variant].core(self)
         update = self._expand(ax_R if core_R is None else ax_R * core_R.to(ax_R.dtype))

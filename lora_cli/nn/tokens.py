@@ -64,8 +64,10 @@ class TokenRows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Token numbers → (..., D), or (..., D) → logits (..., V)."""
         base: Tensor = self.base_layer(x)
-        if self.is_merged:
-            return base
+        return base if self.is_merged else self.adapted(x, base)
+
+    def adapted(self, x: Tensor, base: Tensor) -> Tensor:
+        """The layer's output from the base's, unmerged; of logits, in the base's memory."""
         if isinstance(self.base_layer, nn.Embedding):
             place = self.place[x]
             rows = functional.embedding(place.clamp(min=0), self.new_rows).to(base.dtype)

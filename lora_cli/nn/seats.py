@@ -1,0 +1,150 @@
+"""Which part of a tensor belongs to which row of a batch, and so to which adapter. Knows shapes; no adapters.
+
+Inside a model the rows of a batch stand in several ways: one after the other (N, …), with all tokens in one dimension
+(N·T, …), repeated by beam search (N·k, …), or end to end without padding (1, T, …), in an order of their own.
+
+Dimensions in names: N rows, T tokens, L whatever a tensor has in the dimension of the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lora_cli.errors import AdapterError
+
+__all__ = ["Seating", "Seats"]
+
+_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+"""Arguments of a model that tell the rows of a batch."""
+
+
+@dataclass(frozen=True)
+class Seats:
+    """Where in a tensor each adapter sits."""
+
+    dimension: int
+    """The dimension of the rows."""
+    owner: Tensor
+    """Number of the adapter at each position (L,), -1: none."""
+    present: frozenset[int]
+    """All numbers among them."""
+    places: tuple[Tensor | None, ...]
+    """By number of an adapter, its positions; None: all of them."""
+
+    def has(self, number: int) -> bool:
+        """Whether the adapter sits here at all."""
+        return number in self.present
+
+    def take(self, x: Tensor, number: int) -> Tensor:
+        """The adapter's part of `x`."""
+        places = self.places[number]
+        return x if places is None else x.index_select(self.dimension, places)
+
+    def add(self, x: Tensor, number: int, update: Tensor) -> Tensor:
+        """`x`, in place, with `update` added to the adapter's part."""
+        places = self.places[number]
+        return x.add_(update) if places is None else x.index_add_(self.dimension, places, update)
+
+    def put(self, x: Tensor, parts: Mapping[int, Tensor]) -> Tensor:
+        """`x` with these adapters' parts replaced. In the last dimension all become as wide as the widest: -inf."""
+        if None in self.places:
+            return parts.get(0, x)
+        if not parts:
+            return x
+        widths = [part.shape[-1] for part in parts.values()]
+        # Columns of the base's own output count where a row keeps it.
+        width = max(widths if self.present == parts.keys() else [*widths, x.shape[-1]])
+        x, *values = (_as_wide(each, width) for each in (x, *parts.values()))
+        places = [places for number in parts if (places := self.places[number]) is not None]
+        return x.index_copy(self.dimension, torch.cat(places), torch.cat(values, self.dimension))
+
+    def outside(self, blocks_R: Tensor, num_dimensions: int) -> Tensor:
+        """Where column R, of adapter `blocks_R[R]`, does not belong to the position: broadcasts to (…, R)."""
+        outside = self.owner[:, None] != blocks_R
+        return outside.view(-1, *[1] * (num_dimensions - 2 - self.dimension), len(blocks_R))
+
+
+class Seating:
+    """The adapters of a batch's rows, followed on their way through a model's forward passes.
+
+    `numbers` names an adapter by number for each row; -1: none.
+    """
+
+    def __init__(self, numbers: Sequence[int], num_adapters: int, device: torch.device) -> None:
+        self._numbers_N = torch.tensor(numbers)
+        self._num_adapters, self._device = num_adapters, device
+        self._is_one = num_adapters == 1 and min(numbers) == 0
+        self._owners: dict[int, Tensor] = {}
+        """L → owner of each position."""
+        self._is_laid = False
+        self._found: dict[tuple[int, int], Seats] = {}
+        self._expect({len(numbers): self._numbers_N}, is_laid=False)
+
+    def watch(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A forward pass of the model begins: to be its last pre-hook, so that it sees rows that were laid end to end.
+
+        Raises:
+            AdapterError: the batch has another number of rows.
+        """
+        if (laid := kwargs.get("rows")) is not None:
+            self._expect(self._laid_owners(laid, kwargs.get("logits_to_keep")), is_laid=True)
+            return
+        inputs = next((kwargs[name] for name in _INPUTS if kwargs.get(name) is not None), None)
+        if inputs is None:
+            inputs = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        rows, tokens = len(inputs), inputs.shape[1] if inputs.ndim > 1 else 1
+        given = len(self._numbers_N)
+        if rows % given:
+            raise AdapterError(f"a batch of {rows} rows, and adapters for {given}")
+        sizes = (given, rows, rows * tokens)
+        # Beams and returned sequences of a row stand beside each other, and so do its tokens.
+        self._expect({size: self._numbers_N.repeat_interleave(size // given) for size in sizes}, is_laid=False)
+
+    def seats(self, x: Tensor, name: str) -> Seats:
+        """Where the adapters sit in what goes into the module called `name`.
+
+        Raises:
+            AdapterError: the rows share it, so that they cannot have adapters of their own there.
+        """
+        if self._is_one:
+            return Seats(0, self._numbers_N, frozenset((0,)), (None,))
+        dimension = 1 if self._is_laid and x.ndim > 1 and x.shape[0] == 1 else 0
+        size = x.shape[dimension]
+        if size not in self._owners:
+            raise AdapterError(
+                f"{name}: its input {tuple(x.shape)} is not of the {len(self._numbers_N)} rows, which share it: "
+                "a batch has to be of one adapter here"
+            )
+        key = dimension, size
+        if key not in self._found:
+            owner = self._owners[size]
+            places = tuple((owner == number).nonzero()[:, 0].to(self._device) for number in range(self._num_adapters))
+            self._found[key] = Seats(dimension, owner.to(self._device), frozenset(owner.tolist()), places)
+        return self._found[key]
+
+    def _expect(self, owners: dict[int, Tensor], *, is_laid: bool) -> None:
+        if is_laid or self._is_laid or owners.keys() != self._owners.keys():
+            self._owners, self._is_laid, self._found = owners, is_laid, {}
+
+    def _laid_owners(self, laid: Any, kept: Tensor | None) -> dict[int, Tensor]:
+        """Of rows laid end to end: of all their tokens, and of the tokens that a decoder computes logits of or, in an
+        encoder past its last attention, of each row's first one."""
+        lengths, starts = laid.lengths.cpu(), laid.starts.cpu()
+        if len(lengths) != len(self._numbers_N):
+            raise AdapterError(f"a batch of {len(lengths)} rows, and adapters for {len(self._numbers_N)}")
+        order = starts.argsort()
+        tokens_T = self._numbers_N[order].repeat_interleave(lengths[order])
+        few = self._numbers_N if kept is None else tokens_T[kept.cpu()]
+        # If both are of one size, each row has one token, and the rows stand in the batch's order.
+        return {len(few): few, len(tokens_T): tokens_T}
+
+
+def _as_wide(x: Tensor, width: int) -> Tensor:
+    """`x` with so many columns: cut, or filled with -inf."""
+    return x if x.shape[-1] == width else functional.pad(x, (0, width - x.shape[-1]), value=-torch.inf)
