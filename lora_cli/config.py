@@ -45,6 +45,7 @@ _WANTED = {
 """What OmegaConf says of a value → what is allowed, in our words."""
 _IN_FILE = re.compile(r"In '([^']+)': \w+ raised while composing config:\n(.*)\n\s*full_key: (\S+)")
 """Hydra on a YAML file: its name, the problem, the key."""
+_ENVIRONMENT = re.compile(r"(?<!\\)\$\{\s*oc\.env\b")
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,7 @@ def _validated(cfg: Any) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     _reject_unknown(cfg, "")
+    _reject_environment(OmegaConf.to_container(cfg, resolve=False), "")
     try:
         if missing := sorted(OmegaConf.missing_keys(cfg)):
             raise ConfigError(missing[0], "", f"needs a value: {missing[0]}=...")
@@ -249,6 +251,15 @@ def _reject_unknown(node: Any, path: str) -> None:
         if (known is not None and key not in known) or str(key).startswith("_"):
             raise _unknown_key(name, OmegaConf.get_type(node._get_root()) or TrainRun)
         _reject_unknown(node._get_node(key), name)
+
+
+def _reject_environment(node: Any, path: str) -> None:
+    """Refuse ${oc.env:...}: a run's files hold all of its config, and the environment holds tokens."""
+    if isinstance(node, Mapping | list):
+        for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
+            _reject_environment(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, str) and _ENVIRONMENT.search(node):
+        raise ConfigError(path, node, "the environment is not read into a run's files; type the value itself")
 
 
 def _unknown_key(key: str, root: type) -> ConfigError:
