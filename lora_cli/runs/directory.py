@@ -43,6 +43,9 @@ __all__ = [
 
 MAX_CONFIG_BYTES = 1 << 20
 _MAX_DEPTH = 20
+_MAX_EVENTS = 50_000
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's where PyYAML was built with it: the one in Python takes minutes for a megabyte."""
 _NOT_IN_SIGNATURE = (
     *("tracker.", "resume", "device.threads", "device.name"),
     *("train.log_every", "train.save_every", "train.keep"),
@@ -211,13 +214,15 @@ def read_saved_config(path: Path) -> dict[str, Any]:
     try:
         text = data.decode()
         depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        for number, event in enumerate(yaml.parse(text, Loader=_LOADER)):
+            if number > _MAX_EVENTS:
+                raise RunError(f"{file}: not readable: more than {_MAX_EVENTS:,} keys and values")
             if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
                 raise RunError(f"{file}: YAML aliases and tags are not allowed in a run's config")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _MAX_DEPTH:  # PyYAML takes time that grows with the square of the depth
+            if depth > _MAX_DEPTH:
                 raise RunError(f"{file}: not readable: nested more than {_MAX_DEPTH} deep")
-        config = yaml.safe_load(text)
+        config = yaml.load(text, Loader=_LOADER)
     except UnicodeDecodeError as error:
         raise RunError(f"{file}: not UTF-8 text (byte {error.start})") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:

@@ -20,7 +20,7 @@ from commands.conftest import FILMS, TINY, write_films
 __all__ = ["EQUAL", "Chaos", "chaos"]
 
 EQUAL = ("adapter/adapter_model.safetensors", "metrics.jsonl", "predictions/validation.jsonl")
-STEPS_PER_KILL = 4
+STEPS_PER_KILL = 6
 WORDS = (
     *("train", *TINY, *FILMS, "model.dropout=0.1", "train.batch_size=2", "train.accumulation=2", "train.keep=2"),
     *("train.save_every=3", "train.log_every=1", "train.eval_every=30", "resume=auto"),
@@ -69,7 +69,7 @@ def chaos(home: Path, kills: int, seed: int = 0) -> Chaos:
     started = time.monotonic()
     while True:
         attempts += 1
-        life = rng.uniform(0.2 * start_s, start_s + 1.0) if killed < kills else None
+        life = rng.uniform(0.2 * start_s, start_s + 0.5) if killed < kills else None
         done = forked.run([*words, "hydra.run.dir=run"], home, kill_after_s=life)
         if found := re.search(r"from step (\d+)", done.stderr):
             again += max(0, reached - int(found[1]))

@@ -97,6 +97,7 @@ def test_a_failed_write_leaves_the_old_file_whole(scratch: Path, monkeypatch: py
         ("", "no mapping"),
         ("a: [1\n", "not readable"),
         ("a: " + "[" * 5000, "not readable"),
+        ("[" + "x," * 60_000 + "x]", "more than 50,000 keys"),
         ("x" * (1 << 20) + ": 1", "at most"),
     ],
 )
