@@ -3,7 +3,7 @@
     python benchmarks/faults.py [--results FILE] [--page]
 
 Each side trains 40 steps of a tiny BERT, a checkpoint every 5, on one thread. Each case starts from a new folder, in
-processes of their own: the training is killed with -9 (while a checkpoint is written, or at a random time), or stopped
+processes of their own: the training is killed with -9 (while a checkpoint is written, or some time later), or stopped
 half-way and one file of its newest checkpoint damaged; then the same command is given again.
 """
 
@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -137,9 +138,7 @@ def _all_cases(side: Side) -> dict[str, str]:
     with TemporaryDirectory() as name:
         home = Path(name)
         whole = _new(home / "whole")
-        started = time.monotonic()
         code, said = _run(side, whole)
-        took = time.monotonic() - started
         assert code == 0, said
         again = _new(home / "again")
         assert _outcome(side, again, whole) == "equal", "two undisturbed trainings differ already"
@@ -150,9 +149,11 @@ def _all_cases(side: Side) -> dict[str, str]:
             found[f"killed while checkpoint {step} is written"] = _outcome(side, folder, whole)
         times = random.Random(0)
         for number in range(RANDOM):
-            folder, share = _new(home / f"random-{number}"), times.uniform(0.3, 0.95)
-            _run(side, folder, kill=_after(share * took))
-            found[f"killed after {share:.0%} of its time"] = _outcome(side, folder, whole)
+            folder, step, later = _new(home / f"random-{number}"), times.randrange(5, 40, 5), times.uniform(0, 0.1)
+            begun = _exists(folder / "run", side.checkpoint.format(step))
+            code, _ = _run(side, folder, kill=_later(begun, later))
+            assert code == -signal.SIGKILL, "it ended before it could be killed"
+            found[f"killed {1000 * later:.0f} ms after checkpoint {step} got its name"] = _outcome(side, folder, whole)
         stopped = _new(home / "stopped")
         _run(side, stopped, kill=_exists(stopped / "run", side.being_written.format(STOPPED_AFTER + 5)))
         shutil.rmtree(stopped / "run" / side.checkpoint.format(STOPPED_AFTER + 5), ignore_errors=True)
@@ -191,9 +192,16 @@ def _exists(folder: Path, pattern: str) -> Callable[[], bool]:
     return lambda: any(folder.glob(pattern))
 
 
-def _after(seconds: float) -> Callable[[], bool]:
-    end = time.monotonic() + seconds
-    return lambda: time.monotonic() > end
+def _later(begun: Callable[[], bool], seconds: float) -> Callable[[], bool]:
+    """So many seconds after `begun` became true."""
+    seen: list[float] = []
+
+    def kill() -> bool:
+        if not seen and begun():
+            seen.append(time.monotonic())
+        return bool(seen) and time.monotonic() - seen[0] >= seconds
+
+    return kill
 
 
 def _run(side: Side, folder: Path, kill: Callable[[], bool] | None = None) -> tuple[int, str]:
