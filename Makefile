@@ -4,12 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST_ARGS ?=
+KILLS ?= 100
+SECONDS ?= 60
 BENCH_ARGS ?=
 DEMO_SETTINGS := lora.r=16 lora.alpha=32 train.lr=2e-3 train.head_lr=1e-2 train.batch_size=16 train.epochs=5
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-wheel check format lint types bench clean
+.PHONY: help install demo test test-wheel check format lint types bench faults chaos fuzz clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +57,15 @@ format: install ## rewrite the formatting
 
 bench: install ## speed beside PEFT + HF Trainer, loralib, full fine-tuning (needs LORA_HUB_ROOT; BENCH_ARGS)
 	$(BIN)/python benchmarks/speed.py --profile $(BENCH_ARGS)
+
+faults: install ## the fault table: what is killed, damaged, full or hostile, and what happens then
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults.show --kills $(KILLS) $(PYTEST_ARGS)
+
+chaos: install ## one training killed KILLS times, and what a kill costs
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults.chaos $(KILLS)
+
+fuzz: install ## made-up bytes for all that reads strangers' files, for SECONDS
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults.fuzz $(SECONDS)
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache build dist *.egg-info

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli.disk import unless_empty
+from lora_cli.disk import shown, unless_empty
 from lora_cli.errors import ConfigError, LoraError, RunError, UnknownName, UserError, nearest, printable
 from lora_cli.spec import TASK_KINDS, VERBS, ModelSpec, TrainRun, nested_specs
 from lora_cli.words import config_dirs, prepare, sweep_folder, take_literals
@@ -46,6 +46,8 @@ _WANTED = {
 """What OmegaConf says of a value → what is allowed, in our words."""
 _IN_FILE = re.compile(r"In '([^']+)': \w+ raised while composing config:\n(.*)\n\s*full_key: (\S+)")
 """Hydra on a YAML file: its name, the problem, the key."""
+_IN_THE_WAY = (FileExistsError, NotADirectoryError, PermissionError)
+_ENVIRONMENT = re.compile(r"(?<!\\)\$\{\s*oc\.env\b")
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,9 @@ def launch(
     except (LoraError, MemoryError):
         raise
     except Exception as error:
-        if os.environ.get("LORA_DEBUG") == "1":
+        # What the disk refuses is not the user's mistake, unless explain() knows how they can mend it.
+        is_disks = isinstance(error, OSError) and error.errno is not None and not isinstance(error, _IN_THE_WAY)
+        if is_disks or os.environ.get("LORA_DEBUG") == "1":
             raise
         raise explain(error, verb) from error
     finally:
@@ -189,6 +193,9 @@ def explain(error: Exception, verb: str) -> UserError:
     from hydra.errors import MissingConfigException, OverrideParseException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+    if isinstance(error, _IN_THE_WAY):
+        fault = "may not be written" if isinstance(error, PermissionError) else "a file is in the way"
+        return RunError(f"{shown(error.filename)}: {fault}; choose another hydra.run.dir")
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     groups = [name for name, nested in nested_specs(VERBS[verb]) if nested]
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -248,6 +255,7 @@ def _validated(cfg: Any) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     _reject_unknown(cfg, "")
+    _reject_environment(OmegaConf.to_container(cfg, resolve=False), "")
     try:
         if missing := sorted(OmegaConf.missing_keys(cfg)):
             raise ConfigError(missing[0], "", f"needs a value: {missing[0]}=...")
@@ -269,6 +277,15 @@ def _reject_unknown(node: Any, path: str) -> None:
         if (known is not None and key not in known) or str(key).startswith("_"):
             raise _unknown_key(name, OmegaConf.get_type(node._get_root()) or TrainRun)
         _reject_unknown(node._get_node(key), name)
+
+
+def _reject_environment(node: Any, path: str) -> None:
+    """Refuse ${oc.env:...}: a run's files hold all of its config, and the environment holds tokens."""
+    if isinstance(node, Mapping | list):
+        for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
+            _reject_environment(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, str) and _ENVIRONMENT.search(node):
+        raise ConfigError(path, node, "the environment is not read into a run's files; type the value itself")
 
 
 def _unknown_key(key: str, root: type) -> ConfigError:

@@ -16,15 +16,19 @@ from lora_cli.errors import UserError, printable
 __all__ = [
     "atomic_file",
     "atomic_folder",
+    "defused",
     "open_plain",
     "parse_object",
     "read_object",
+    "remove_strays",
     "shown",
     "unless_empty",
     "write_atomic",
 ]
 
 _MAX_SHOWN = 90
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\0")
+"""First characters that make a spreadsheet run a cell as a formula (OWASP, CWE-1236)."""
 
 
 @contextlib.contextmanager
@@ -39,6 +43,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         temporary.replace(target)
+        _sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -57,10 +62,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.iterdir():
             _sync(file)
+        _sync(temporary)
         old = temporary.with_suffix(".old")
         if target.exists():
             target.rename(old)
         temporary.rename(target)
+        _sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -128,6 +135,20 @@ def open_plain(file: Path, error: type[UserError], *, limit: int | None = None) 
         raise error(f"{shown(file)}: {fault.strerror or fault}") from fault
 
 
+def remove_strays(folder: Path) -> None:
+    """Take away what writers that were killed have left in `folder`: unfinished files and folders without a name."""
+    for stray in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
+        if stray.is_dir() and not stray.is_symlink():
+            shutil.rmtree(stray)
+        else:
+            stray.unlink()
+
+
+def defused(cell: Any) -> Any:
+    """`cell` for a CSV file: a text that a spreadsheet would run as a formula begins with a quote, others stay."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
+
+
 def shown(path: str | Path) -> str:
     """`path` for a message: safe on a terminal, and of a long one the end."""
     text = printable(path, 1000)
@@ -138,9 +159,13 @@ def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
 
-def _sync(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+def _sync(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import os
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-__all__ = ["start"]
+__all__ = ["become", "forks", "start"]
 
 _PRELOADED = ("lora_cli.cli", "lora_cli.experiment", "hydra.main", "transformers.models.auto.tokenization_auto")
 _MODELS = "bert", "gpt2", "llama", "t5"
@@ -26,17 +27,23 @@ def start(words: Sequence[str], *, streams: Sequence[Path], cwd: Path | None = N
 
     Its standard input, output and error are the files `streams`; the last two are appended to.
     """
-    context = multiprocessing.get_context("forkserver")
-    models = (f"transformers.models.{family}.modeling_{family}" for family in _MODELS)
-    context.set_forkserver_preload([*_PRELOADED, *models])
-    # As a process that is started afresh would: the server's folder and environment are those of its own start.
-    here = (str(cwd or Path.cwd()), dict(os.environ))
-    process = context.Process(target=_command, args=(list(words), [str(file) for file in streams], *here))
+    # As a process that is started afresh would: the folder and environment of whoever forks are those of its own start.
+    here = (cwd or Path.cwd(), dict(os.environ))
+    process = forks().Process(target=become, args=(words, streams, *here))
     process.start()
     return process
 
 
-def _command(words: Sequence[str], streams: Sequence[str], cwd: str, environ: Mapping[str, str]) -> None:
+def forks() -> ForkServerContext:
+    """Makes processes that are forked after the imports."""
+    context = multiprocessing.get_context("forkserver")
+    models = (f"transformers.models.{family}.modeling_{family}" for family in _MODELS)
+    context.set_forkserver_preload([*_PRELOADED, *models])
+    return context
+
+
+def become(words: Sequence[str], streams: Sequence[Path], cwd: Path, environ: Mapping[str, str]) -> None:
+    """Be `lora WORDS` from here on; see `start`. For a new process: it ends with the command."""
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()

@@ -64,6 +64,8 @@ def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun, *, keep_padding: b
     path = find_run(spec.run)
     bare = is_bare_adapter(path)
     folder = None if bare else RunDirectory(path)
+    if folder is not None:
+        folder.check_plain()
     facts = {} if folder is None else folder.facts()
     if folder is not None and not folder.adapter.is_dir():
         raise RunError(f"{path}: has no adapter (status {facts['status']}); lora train resume=auto finishes a run")

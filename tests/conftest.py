@@ -34,6 +34,8 @@ class Answer:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-wheel", action="store_true", help="build the wheel and try it in an empty environment")
+    parser.addoption("--faults", action="store_true", help="run the slow tests of tests/faults too")
+    parser.addoption("--kills", type=int, default=100, help="how often the chaos test kills its training")
 
 
 @pytest.fixture(scope="session")

@@ -8,28 +8,50 @@ for each.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from unittest.mock import patch
 
 from lora_cli import isolation
 
 SECONDS = 300
 
 
-def run(words: Sequence[str], cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """`lora WORDS` in the folder `cwd`."""
+def run(
+    words: Sequence[str],
+    cwd: Path,
+    stdin: str = "",
+    *,
+    harm: Callable[[], object] | None = None,
+    kill_after_s: float | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """`lora WORDS` in the folder `cwd`; `harm` is done to the process first, and kill -9 after some time."""
+    environ = {**os.environ, "COLUMNS": "120"}
     with TemporaryDirectory() as name:
         streams = [Path(name) / stream for stream in ("in", "out", "err")]
         for stream, text in zip(streams, (stdin, "", ""), strict=True):
             stream.write_text(text, encoding="utf-8")
-        with patch.dict(os.environ, COLUMNS="120"):
-            process = isolation.start(words, streams=streams, cwd=cwd)
-        process.join(SECONDS)
+        process = isolation.forks().Process(target=_harmed, args=(harm, words, streams, cwd, environ))
+        process.start()
+        process.join(SECONDS if kill_after_s is None else kill_after_s)
         if process.exitcode is None:
             process.kill()
+            process.join()
+        if process.exitcode == -signal.SIGKILL and harm is None and kill_after_s is None:
             raise subprocess.TimeoutExpired(list(words), SECONDS)
         _, out, err = (stream.read_text(encoding="utf-8") for stream in streams)
     return subprocess.CompletedProcess(list(words), process.exitcode, out, err)
+
+
+def _harmed(
+    harm: Callable[[], object] | None,
+    words: Sequence[str],
+    streams: Sequence[Path],
+    cwd: Path,
+    environ: Mapping[str, str],
+) -> None:
+    if harm is not None:
+        harm()
+    isolation.become(words, streams, cwd, environ)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_cli import config
-from lora_cli.errors import RunError, UserError
+from lora_cli.errors import ConfigError, RunError, UserError
 from lora_cli.spec import VERBS, TrainRun
 
 CONF = config.conf_dir()
@@ -237,3 +237,11 @@ def test_a_sweep_leaves_what_was_there_before(compose) -> None:
     with pytest.raises(UserError):
         compose("train", "-m", "lora.r=4,x", "hydra.sweep.dir=runs/ranks")
     assert Path("runs/ranks/note.txt").exists()
+
+
+@pytest.mark.parametrize("value", ["${oc.env:HF_TOKEN}", "a/${oc.env:HOME}/b", "${oc.decode:${oc.env:HF_TOKEN}}"])
+def test_the_environment_is_not_read_into_a_config(value: str, compose, monkeypatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_planted")
+    with pytest.raises(ConfigError, match=r"model\.path.*environment") as caught:
+        compose("train", f"model.path='{value}'")
+    assert "hf_planted" not in str(caught.value)

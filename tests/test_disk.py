@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from lora_cli.disk import atomic_file, atomic_folder, read_object, shown, unless_empty
+from lora_cli.disk import atomic_file, atomic_folder, defused, read_object, remove_strays, shown, unless_empty
 from lora_cli.errors import RunError
 
 
@@ -52,3 +53,39 @@ def test_a_folder_without_results_is_taken_away(name: str, stays: bool, tmp_path
         (folder / "0").mkdir(parents=True)
         (folder / name).touch()
     assert folder.exists() == (tmp_path / "runs").exists() == stays
+
+
+def test_names_survive_a_power_cut_only_after_their_content_has(tmp_path: Path, monkeypatch) -> None:
+    done: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_fsync(handle: int) -> None:
+        done.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
+        fsync(handle)
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        done.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    with atomic_folder(tmp_path / "x") as temporary:
+        (temporary / "a").touch()
+    inside = str(temporary)
+    assert done == [f"{inside}/a", inside, "rename", str(tmp_path)]
+
+
+def test_what_killed_writers_left_is_taken_away_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".a.1.tmp", ".b.2.old", "c.tmp", ".lock"):
+        (tmp_path / name).touch()
+    (tmp_path / ".step.1.tmp").mkdir()
+    (tmp_path / ".step.1.tmp" / "state.json").touch()
+    (tmp_path / ".link.1.tmp").symlink_to(tmp_path)
+    remove_strays(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "c.tmp"]
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\tx", "\rx", "\0x"])
+def test_a_formula_is_defused_for_a_table_and_a_number_is_left_alone(text: str) -> None:
+    assert defused(text) == f"'{text}"
+    assert [defused(value) for value in (-1.5, None, "a=1", "")] == [-1.5, None, "a=1", ""]

@@ -57,7 +57,9 @@ def run(spec: TrainRun, *, directory: Path | None = None, overrides: Sequence[st
     started, screen, config = time.perf_counter(), Screen(), to_plain(spec)
     check_tracker(spec.tracker)
     kept = run_of(config, directory) if spec.resume == "auto" else None
-    if kept is None and directory is not None:
+    if kept is not None:
+        kept.check_plain()
+    elif directory is not None:
         RunDirectory.check_free(directory)
     task = build_task(spec.task)
     if kept is None:

@@ -19,13 +19,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from lora_cli.disk import open_plain, read_object
 from lora_cli.errors import RunError, printable
+from lora_cli.nn.tensor_file import save_tensors
 
 __all__ = ["Checkpoint", "Progress", "load_newest", "optimizer_tensors", "restore_optimizer", "save", "whole_steps"]
 
 Tensors = dict[str, torch.Tensor]
+_MAX_JSON_BYTES = 1 << 20
 
 
 @dataclass
@@ -88,13 +91,16 @@ def save(
             "identity": dict(identity),
         }
         (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        save_file(_contiguous(checkpoint.trained), folder / "trained.safetensors")
-        save_file(_contiguous(checkpoint.optimizer), folder / "optimizer.safetensors")
+        save_tensors(_contiguous(checkpoint.trained), folder / "trained.safetensors")
+        save_tensors(_contiguous(checkpoint.optimizer), folder / "optimizer.safetensors")
         if checkpoint.best is not None:
-            save_file(_contiguous(checkpoint.best), folder / "best.safetensors")
+            save_tensors(_contiguous(checkpoint.best), folder / "best.safetensors")
         digests = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
         (folder / "manifest.json").write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
-    for old in _folders(root)[keep:]:
+    # A later step than the one just taken is a damaged checkpoint, passed over when this training began: it must not
+    # count as one of the newest, for whose sake whole ones go.
+    damaged = [folder for folder in _folders(root) if _step(folder) > checkpoint.progress.step]
+    for old in (*damaged, *[folder for folder in _folders(root) if folder not in damaged][keep:]):
         shutil.rmtree(old)
     return target
 
@@ -115,9 +121,9 @@ def load_newest(root: Path, *, identity: Mapping[str, str], up_to: int | None = 
     folder = next(filter(_is_whole, folders), None)
     if folder is None:
         return None
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     best = folder / "best.safetensors"
     try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         saved = state["identity"]
         changed = [_change(name, saved.get(name), now) for name, now in identity.items() if saved.get(name) != now]
         if changed:
@@ -129,7 +135,7 @@ def load_newest(root: Path, *, identity: Mapping[str, str], up_to: int | None = 
             best=load_file(best) if best.exists() else None,
             scaler=state["scaler"],
         )
-    except (AttributeError, KeyError, TypeError, SafetensorError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError, SafetensorError) as error:
         raise RunError(f"{folder}: not a checkpoint of this version of lora; start a new run") from error
 
 
@@ -179,22 +185,24 @@ def _change(name: str, saved: object, now: str) -> str:
 def _folders(root: Path) -> list[Path]:
     """Checkpoint folders, newest step first; by their number, since times and listing order prove nothing."""
     found = [folder for folder in root.glob("step-*") if folder.name[5:].isdigit()]
-    return sorted(found, key=lambda folder: int(folder.name[5:]), reverse=True)
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name[5:])
 
 
 def _is_whole(folder: Path) -> bool:
     try:
-        digests = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        digests = read_object(folder / "manifest.json", RunError, limit=_MAX_JSON_BYTES)
         names = {file.name for file in folder.iterdir()} - {"manifest.json"}
-        if not isinstance(digests, dict):
-            return False
         return names == set(digests) and all(_sha256(folder / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError):
+    except (OSError, RunError):
         return False
 
 
 def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
+    with open_plain(file, RunError) as handle:
         digest = hashlib.sha256()
         while block := handle.read(1 << 20):
             digest.update(block)

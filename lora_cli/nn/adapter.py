@@ -38,6 +38,7 @@ from lora_cli.nn.peft_tensors import (
     without_projections,
 )
 from lora_cli.nn.targets import FULL, LayerPlan, Plan, check_plan, is_inside
+from lora_cli.nn.tensor_file import save_tensors
 from lora_cli.nn.tokens import token_layers
 from lora_cli.nn.untrusted import TensorEntry, read_header, read_json, read_tensor, where
 from lora_cli.spec import LoraSpec
@@ -356,13 +357,11 @@ def _read_facts(path: Path) -> dict[str, Any]:
 
 def write_files(folder: Path, documents: Mapping[str, object], weights: str, tensors: Mapping[str, Tensor]) -> None:
     """Make or replace `folder`: each document as JSON, and `tensors` in the file `weights`; all of it or nothing."""
-    from safetensors.torch import save_file
-
     with atomic_folder(folder) as temporary:
         for name, document in documents.items():
             text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
             (temporary / name).write_text(text, encoding="utf-8")
         # Not made in memory first, as a whole model is large.
-        save_file(dict(tensors), temporary / weights, metadata={"format": "pt"})
+        save_tensors(tensors, temporary / weights)
         # safetensors makes it unreadable for others.
         shutil.copymode(temporary / next(iter(documents)), temporary / weights)

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from lora_cli.disk import write_atomic
+from lora_cli.disk import defused, write_atomic
 from lora_cli.errors import RunError
 from lora_cli.runs.directory import RunDirectory, read_json, signature, write_json
 from lora_cli.spec import LOSS_DOWNWARDS
@@ -175,7 +175,7 @@ def write_comparison(folder: Path, facts: Mapping[str, Any], rows: Sequence[Mapp
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: defused(value) for name, value in row.items()} for row in rows)
     write_atomic(folder / "compare.csv", text.getvalue())
 
 

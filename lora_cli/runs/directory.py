@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from lora_cli.disk import open_plain, read_object, write_atomic
+from lora_cli.disk import open_plain, read_object, remove_strays, shown, write_atomic
 from lora_cli.errors import RunError, printable
 from lora_cli.runs.facts import FORMAT, checked_facts
 from lora_cli.spec import SPLITS
@@ -42,11 +43,19 @@ __all__ = [
 
 MAX_CONFIG_BYTES = 1 << 20
 _MAX_DEPTH = 20
+_MAX_EVENTS = 50_000
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's where PyYAML was built with it: the one in Python takes minutes for a megabyte."""
 _NOT_IN_SIGNATURE = (
     *("tracker.", "resume", "device.threads", "device.name"),
     *("train.log_every", "train.save_every", "train.keep"),
 )
 """Keys that change where or how often something is written, not the result."""
+_OWN_NAMES = (
+    *("config.yaml", "overrides.txt", "run.json", "metrics.jsonl", "log.txt", ".lock"),
+    *("adapter", "tokenizer", "checkpoints", "predictions", "eval"),
+)
+"""What a run folder holds of ours."""
 _PATHS = (("model", "path"), *(("task", "data", split) for split in SPLITS))
 """Keys that may name a file or folder, as it was typed."""
 
@@ -105,7 +114,26 @@ class RunDirectory:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(f"{self.path}: in use by another process; wait, or choose another folder") from None
+            for folder in (self.path, self.checkpoints, self.path / "predictions"):
+                remove_strays(folder)
             yield
+
+    def check_plain(self) -> None:
+        """Refuse a run with links in it, which could lead what is read or written anywhere, or with pipes.
+
+        A tracker's own folder is its own affair.
+
+        Raises:
+            RunError: names the first one.
+        """
+        for name in _OWN_NAMES:
+            found = [self.path / name]
+            for file in found:
+                mode = file.lstat().st_mode if os.path.lexists(file) else stat.S_IFREG
+                if stat.S_ISDIR(mode):
+                    found += sorted(file.iterdir())
+                elif not stat.S_ISREG(mode):
+                    raise RunError(f"{shown(file)}: not a regular file; links in a run are not followed")
 
     def update(self, **facts: Any) -> None:
         """Merge `facts` into run.json."""
@@ -195,13 +223,15 @@ def read_saved_config(path: Path) -> dict[str, Any]:
     try:
         text = data.decode()
         depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        for number, event in enumerate(yaml.parse(text, Loader=_LOADER)):
+            if number > _MAX_EVENTS:
+                raise RunError(f"{file}: not readable: more than {_MAX_EVENTS:,} keys and values")
             if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
                 raise RunError(f"{file}: YAML aliases and tags are not allowed in a run's config")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _MAX_DEPTH:  # PyYAML takes time that grows with the square of the depth
+            if depth > _MAX_DEPTH:
                 raise RunError(f"{file}: not readable: nested more than {_MAX_DEPTH} deep")
-        config = yaml.safe_load(text)
+        config = yaml.load(text, Loader=_LOADER)
     except UnicodeDecodeError as error:
         raise RunError(f"{file}: not UTF-8 text (byte {error.start})") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:

@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_cli.disk import atomic_file
+from lora_cli.disk import atomic_file, defused
 from lora_cli.errors import ConfigError
 
 __all__ = ["check_format", "write_rows"]
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\0")
-"""First characters that make a spreadsheet run a cell as a formula (OWASP, CWE-1236)."""
 _HALVES = "backslashreplace"
 """Half of a character pair, which JSON can hold but UTF-8 cannot, stays as JSON writes it."""
 
@@ -53,7 +51,7 @@ def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         for row in map(_flat, rows):
             if writer is None:
                 writer = csv.DictWriter(file, list(row))
-                writer.writeheader()
+                writer.writerow({name: defused(name) for name in row})
             writer.writerow({name: _cell(value) for name, value in row.items()})
 
 
@@ -81,4 +79,4 @@ def _cell(value: Any) -> Any:
     """A value as a cell of CSV: what is no text or number as JSON, a formula defused."""
     if isinstance(value, list | dict):
         return json.dumps(value, ensure_ascii=False)
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+    return defused(value)

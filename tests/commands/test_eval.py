@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from commands.conftest import MODEL, Finished, read_jsonl
 
@@ -123,6 +126,63 @@ def cut_adapter(copy: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 
 
+def itself(copy: Path) -> None:
+    (copy / "config.yaml").write_text("task: &task [*task]\n")
+
+
+def adapter_elsewhere(copy: Path) -> None:
+    (copy / "adapter").rename(copy.parent / "elsewhere")
+    (copy / "adapter").symlink_to(copy.parent / "elsewhere")
+
+
+def results_elsewhere(copy: Path) -> None:
+    shutil.rmtree(copy / "eval", ignore_errors=True)
+    (copy / "eval").symlink_to(copy.parent)
+
+
+def code(copy: Path) -> None:
+    config, base = copy / "config.yaml", copy.parent / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"}))
+    (base / "evil.py").write_text(f"open({str(copy.parent / 'ran')!r}, 'w')")
+    lines = [line for line in config.read_text().splitlines() if "trust_remote_code" not in line]
+    config.write_text("\n".join(lines).replace("  path: null", "  trust_remote_code: true\n  path: ./base", 1))
+
+
+def edit_tensors(copy: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    file = copy / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def no_tensors(copy: Path) -> None:
+    edit_tensors(copy, lambda tensors: tensors.clear())
+
+
+def base_tensor(copy: Path) -> None:
+    name = "base_model.model.bert.embeddings.word_embeddings.weight"
+    edit_tensors(copy, lambda tensors: tensors.update({name: torch.zeros(261, 64)}))
+
+
+def edit_settings(copy: Path, **values: object) -> None:
+    file = copy / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def huge_rank(copy: Path) -> None:
+    edit_settings(copy, r=20_000_000)
+
+
+def expression(copy: Path) -> None:
+    edit_settings(copy, target_modules="([a-z0-9._]+)+!")
+
+
+def pickle_weights(copy: Path) -> None:
+    file = copy / "adapter" / "adapter_model.safetensors"
+    file.rename(file.with_suffix(".bin"))
+
+
 def other_base(copy: Path) -> None:
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace("intermediate_size: 64", "intermediate_size: 96"))
@@ -147,6 +207,15 @@ def other_base(copy: Path) -> None:
         (no_json, "row 10: not readable as JSON"),
         (unfinished, "row 35: has no adapter"),
         (cut_adapter, "row 54: adapter_model.safetensors"),
+        (itself, "row 6: aliases"),
+        (adapter_elsewhere, "row 8: adapter: not a regular file"),
+        (results_elsewhere, "row 8: eval: not a regular file"),
+        (code, "row 8: would run code of its own"),
+        (no_tensors, "row 55: tensors are missing"),
+        (base_tensor, "row 56: word_embeddings"),
+        (huge_rank, "row 58: lora.r=20000000"),
+        (expression, "row 59: expressions are not run"),
+        (pickle_weights, "row 60: never opened"),
         (other_base, "row 34: trained on another base model"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
@@ -154,6 +223,7 @@ def other_base(copy: Path) -> None:
 def test_a_damaged_run_is_refused(damage, says, copy, refused) -> None:
     damage(copy)
     assert says.partition(": ")[2] in refused("eval", "run=copy")
+    assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize(

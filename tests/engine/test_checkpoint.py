@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,24 @@ def test_an_optimizer_goes_on_as_if_nothing_had_happened(name: str) -> None:
         step(first, before, value)
         step(second, after, value)
     assert torch.equal(first, second)
+
+
+def test_a_damaged_newest_one_makes_no_whole_one_go(tmp_path: Path) -> None:
+    make(tmp_path, 3, 6)
+    (tmp_path / "step-000006" / "state.json").write_text("{}")
+    make(tmp_path, 4, keep=1)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step-000004"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_a_pipe_among_its_files_is_damage_and_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    make(tmp_path, 1, 2)
+    (tmp_path / "step-000002" / name).unlink()
+    os.mkfifo(tmp_path / "step-000002" / name)
+    assert checkpoints.load_newest(tmp_path, identity=IDENTITY).progress.step == 1
+
+
+def test_a_manifest_nested_without_end_is_no_checkpoint(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    (tmp_path / "step-000001" / "manifest.json").write_text("[" * 100_000)
+    assert checkpoints.load_newest(tmp_path, identity=IDENTITY) is None

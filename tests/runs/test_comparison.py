@@ -166,3 +166,8 @@ def test_a_damaged_run_is_an_error_when_it_is_read(scratch: Path) -> None:
     run.update(steps="many")
     with pytest.raises(RunError, match="steps=many"):
         read_training(run, GOAL)
+
+
+def test_a_table_for_a_spreadsheet_holds_no_formula(scratch: Path) -> None:
+    write_comparison(Path("out"), {}, [{"method": "=cmd()", "loss": -0.5, "error": "@sum"}])
+    assert Path("out/compare.csv").read_text() == "method,loss,error\n'=cmd(),-0.5,'@sum\n"

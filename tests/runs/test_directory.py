@@ -97,6 +97,7 @@ def test_a_failed_write_leaves_the_old_file_whole(scratch: Path, monkeypatch: py
         ("", "no mapping"),
         ("a: [1\n", "not readable"),
         ("a: " + "[" * 5000, "not readable"),
+        ("[" + "x," * 60_000 + "x]", "more than 50,000 keys"),
         ("x" * (1 << 20) + ": 1", "at most"),
     ],
 )
@@ -154,3 +155,22 @@ def test_how_a_run_stopped_is_in_its_status(error: BaseException, status: str, s
     run.stopped(error)
     assert run.facts()["status"] == status
     assert type(error).__name__ in run.facts()["error"]
+
+
+@pytest.mark.parametrize("name", ["adapter", "tokenizer/vocab.txt", "eval", "checkpoints/step-000001/x", ".lock"])
+def test_a_run_with_links_in_it_is_refused(name: str, scratch: Path) -> None:
+    run = RunDirectory.create(config(), directory=None, overrides=[])
+    run.check_plain()
+    (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+    (run.path / name).symlink_to(scratch)
+    with pytest.raises(RunError, match=f"{name}: not a regular file"):
+        run.check_plain()
+
+
+def test_what_a_killed_process_left_goes_when_the_run_is_taken_up_again(scratch: Path) -> None:
+    run = RunDirectory.create(config(), directory=None, overrides=[])
+    for name in (".run.json.1.tmp", "checkpoints/.step-000003.1.tmp/state.json", "predictions/.a.jsonl.1.tmp"):
+        (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / name).touch()
+    with run.held():
+        assert [file.name for file in run.path.rglob("*.tmp*")] == []
