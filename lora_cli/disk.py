@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ __all__ = [
 ]
 
 _MAX_SHOWN = 90
+_STRAY = re.compile(r"\..+\.\d+\.(tmp|old)")
+"""Names of what is not complete: the target's, and the number of the process that wrote it."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\0")
 """First characters that make a spreadsheet run a cell as a formula (OWASP, CWE-1236)."""
 
@@ -137,7 +140,7 @@ def open_plain(file: Path, error: type[UserError], *, limit: int | None = None) 
 
 def remove_strays(folder: Path) -> None:
     """Take away what writers that were killed have left in `folder`: unfinished files and folders without a name."""
-    for stray in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
+    for stray in [file for file in folder.glob(".*") if _STRAY.fullmatch(file.name)]:
         if stray.is_dir() and not stray.is_symlink():
             shutil.rmtree(stray)
         else:

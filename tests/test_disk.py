@@ -81,8 +81,9 @@ def test_what_killed_writers_left_is_taken_away_and_nothing_else(tmp_path: Path)
     (tmp_path / ".step.1.tmp").mkdir()
     (tmp_path / ".step.1.tmp" / "state.json").touch()
     (tmp_path / ".link.1.tmp").symlink_to(tmp_path)
+    (tmp_path / ".editor.tmp").touch()
     remove_strays(tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "c.tmp"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".editor.tmp", ".lock", "c.tmp"], "what is not ours"
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\tx", "\rx", "\0x"])

@@ -33,6 +33,7 @@ def run(spec: RerunRun, *, directory: Path | None = None, overrides: Sequence[st
         TrainingFailure: the training cannot go on; its checkpoints stay.
     """
     started, screen, old = time.perf_counter(), Screen(), RunDirectory(find_run(spec.run))
+    old.check_plain()
     facts = old.facts()
     if facts["status"] != "finished":
         raise RunError(f"{old.path}: is {facts['status']}, not finished; lora resume finishes a run")

@@ -37,6 +37,7 @@ def run(spec: ResumeRun, *, directory: Path | None = None, overrides: Sequence[s
     """
     started, screen = time.perf_counter(), Screen()
     folder = find_started(spec.run)
+    folder.check_plain()
     facts = folder.facts()
     before = as_extended(read_train_run(read_saved_config(folder.path)), facts.get("extended", []))
     goals = _grown(spec.train, before)

@@ -45,6 +45,7 @@ def run(spec: VerifyRun, *, directory: Path | None = None, overrides: Iterable[s
         TrainingFailure: a check does not hold.
     """
     screen, folder = Screen(), RunDirectory(find_run(spec.run))
+    folder.check_plain()
     facts = folder.facts()
     if facts["status"] != "finished":
         raise RunError(f"{folder.path}: is {facts['status']}, not finished; lora resume finishes a run")
