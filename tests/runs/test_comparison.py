@@ -70,7 +70,7 @@ def test_a_training_is_read_from_its_folder(scratch: Path) -> None:
         "steps_to_target": 15,
         "train_s_to_target": 30.0,
     }
-    assert set(conditions) == {"rows or order", "device", "versions"}
+    assert set(conditions) == {"rows or order", "device", "version of torch"}
 
 
 def test_a_target_may_be_missed_or_not_be_set(scratch: Path) -> None:
@@ -117,6 +117,7 @@ def test_rows_must_be_equal_for_a_seed_and_machines_for_all() -> None:
     assert unequal([trained(), trained("full", **{"rows or order": "b"})]) == ["rows or order"]
     assert unequal([trained(), trained(seed=2, device="other")]) == ["device"]
     assert unequal([trained(), replace(trained("full", device="other"), error="failed")]) == []
+    assert unequal([trained(), trained("qlora", **{"version of bitsandbytes": "0.50"})]) == [], "others have none"
 
 
 def test_a_finished_training_is_found_before_a_newer_unfinished_one(scratch: Path) -> None:
