@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-__all__ = ["become", "forks", "start"]
+__all__ = ["forks", "obey", "settle", "start"]
 
 _PRELOADED = ("lora_cli.cli", "lora_cli.experiment", "hydra.main", "transformers.models.auto.tokenization_auto")
 _MODELS = "bert", "gpt2", "llama", "t5"
@@ -29,7 +29,7 @@ def start(words: Sequence[str], *, streams: Sequence[Path], cwd: Path | None = N
     """
     # As a process that is started afresh would: the folder and environment of whoever forks are those of its own start.
     here = (cwd or Path.cwd(), dict(os.environ))
-    process = forks().Process(target=become, args=(words, streams, *here))
+    process = forks().Process(target=_become, args=(words, streams, *here))
     process.start()
     return process
 
@@ -42,8 +42,8 @@ def forks() -> ForkServerContext:
     return context
 
 
-def become(words: Sequence[str], streams: Sequence[Path], cwd: Path, environ: Mapping[str, str]) -> None:
-    """Be `lora WORDS` from here on; see `start`. For a new process: it ends with the command."""
+def settle(streams: Sequence[Path], cwd: Path, environ: Mapping[str, str]) -> None:
+    """Give this process, just forked, what `start` says a new one has."""
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
@@ -52,5 +52,14 @@ def become(words: Sequence[str], streams: Sequence[Path], cwd: Path, environ: Ma
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND if number else os.O_RDONLY, 0o644), number)
     # multiprocessing has closed the one there was.
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
+
+
+def obey(words: Sequence[str]) -> None:
+    """Be `lora WORDS` from here on: this process ends with the command."""
     sys.argv = ["lora", *words]
     runpy.run_module("lora_cli", run_name="__main__", alter_sys=True)
+
+
+def _become(words: Sequence[str], streams: Sequence[Path], cwd: Path, environ: Mapping[str, str]) -> None:
+    settle(streams, cwd, environ)
+    obey(words)

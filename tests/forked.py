@@ -52,6 +52,7 @@ def _harmed(
     cwd: Path,
     environ: Mapping[str, str],
 ) -> None:
+    isolation.settle(streams, cwd, environ)
     if harm is not None:
         harm()
-    isolation.become(words, streams, cwd, environ)
+    isolation.obey(words)

@@ -17,6 +17,7 @@ from lora_cli.engine.checkpoint import Checkpoint
 from lora_cli.engine.evaluate import forward
 from lora_cli.errors import ConfigError, TrainingFailure, UnknownName
 from lora_cli.experiment import Experiment
+from lora_cli.process import GentleStop
 from lora_cli.spec import ClassificationSpec, DataSpec, LoraSpec, ModelSpec, TrainRun, TrainSpec
 from lora_cli.tasks import build_task, load_splits
 
@@ -69,7 +70,7 @@ def train_upper(cache: str, *, gib: float = 1.0, resume: Checkpoint | None = Non
         epochs=3, batch_size=8, eval_batch_size=4, log_every=1, save_every=1, lr=1e-2, cache=cache, cache_gib=gib
     )
     notes = Notes()
-    build(**UPPER, train=spec).train(notes, resume)
+    build(**UPPER, train=spec).train(notes, resume, GentleStop())
     return notes
 
 
@@ -204,7 +205,7 @@ def test_a_cache_is_bounded_filled_before_the_first_step_and_given_back(monkeypa
     monkeypatch.setattr(experiments, "train", train)
     for gib in (1.0, HALF):
         experiment = build(**UPPER, train=TrainSpec(epochs=1, eval_batch_size=4, cache="memory", cache_gib=gib))
-        experiment.train(Notes(), None)
+        experiment.train(Notes(), None, GentleStop())
         assert experiment.cache.num_texts == 0
     (everything, num_bytes), (some, num_bytes_of_some) = seen
     assert everything == 24 + 12

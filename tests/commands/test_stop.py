@@ -45,7 +45,7 @@ MOMENTS = [
     pytest.param("engine.checkpoint:save", 2, 4, False, marks=pytest.mark.slow),
     pytest.param("runs.directory:RunDirectory.append_metrics", 3, 4, False, marks=pytest.mark.slow),
     pytest.param("experiment:Experiment.save", 1, 6, False, marks=pytest.mark.slow),
-    ("experiment:Experiment.score", 4, 6, False),
+    ("commands.train:_score", 1, 6, False),
 ]
 """Before which call the signal comes, the step that is kept, and whether its scoring is still to come."""
 

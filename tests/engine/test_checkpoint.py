@@ -103,7 +103,7 @@ def test_the_newest_that_is_whole_is_taken(
     tmp_path_factory: pytest.TempPathFactory, steps: dict[int, tuple[str, str] | None]
 ) -> None:
     root = tmp_path_factory.mktemp("run")
-    make(root, *steps)
+    make(root, *sorted(steps))
     for step, damage in steps.items():
         if damage:
             DAMAGES[damage[1]](root / f"step-{step:06d}" / damage[0])
