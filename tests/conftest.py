@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +34,14 @@ class Answer:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-wheel", action="store_true", help="build the wheel and try it in an empty environment")
-    parser.addoption("--faults", action="store_true", help="run the slow tests of tests/faults too")
+    parser.addoption("--faults", action="store_true", help="run the slow tests too, as make faults does")
     parser.addoption("--kills", type=int, default=100, help="how often the chaos test kills its training")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--faults"):
+            item.add_marker(pytest.mark.skip(reason="make faults runs it"))
 
 
 @pytest.fixture(scope="session")

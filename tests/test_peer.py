@@ -226,9 +226,7 @@ class Pair:
         ("tiny-gpt2", writing, ["attn.c_attn"], {"max_steps": 50, "lr": 1e-2, "max_grad_norm": 0.5}),
         ("tiny-llama", writing, [], {"max_steps": 50, "lr": 1e-2}),
         ("tiny-t5", writing, [], {"max_steps": 50, "lr": 1e-2}),
-        pytest.param(
-            ("minilm", classification, [], {"max_steps": 20, "lr": 5e-3}), marks=[pytest.mark.slow, needs_minilm]
-        ),
+        pytest.param(("minilm", classification, [], {"max_steps": 20, "lr": 5e-3}), marks=needs_minilm),
     ],
     ids=lambda param: param[0],
 )

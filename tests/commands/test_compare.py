@@ -125,7 +125,6 @@ def test_a_finished_training_on_rows_that_have_changed_is_refused(
     assert "finished on other data, train changed since" in answer.stderr.splitlines()[-1]
 
 
-@pytest.mark.slow
 def test_a_comparison_that_is_stopped_stops_its_training_and_goes_on_later(films: Path, forked) -> None:
     words = (*WORDS, "compare.methods=[lora]", "compare.seeds=[1]", "train.epochs=4", "train.eval_every=2")
     slow = "import time, torch; step = torch.optim.AdamW.step\n"

@@ -112,6 +112,7 @@ def test_a_signal_that_is_ignored_stays_ignored(films, call, before) -> None:
         signal.signal(signal.SIGINT, handler)
 
 
+@pytest.mark.slow
 def test_a_sweep_stops_as_a_whole_and_its_rest_is_done_by_the_line_it_says(films, call, before) -> None:
     words = (*(word for word in WORDS if "hydra" not in word), "-m", "seed=1,2,3", "hydra.sweep.dir=runs/mine")
     before("engine.train:forward", 8, lambda: signal.raise_signal(signal.SIGTERM))

@@ -1,8 +1,7 @@
-"""Slow tests of this folder run by `make faults` only."""
+"""A training that nothing happens to, for the tests of what happens to others."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,14 +9,6 @@ import pytest
 import forked
 from commands.conftest import write_films
 from faults.training import WORDS
-
-HERE = Path(__file__).parent
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
-    for item in items:
-        if HERE in item.path.parents and item.get_closest_marker("slow") and not config.getoption("--faults"):
-            item.add_marker(pytest.mark.skip(reason="make faults runs it"))
 
 
 @pytest.fixture(scope="session")

@@ -108,7 +108,6 @@ def test_importing_the_table_loads_no_heavy_library():
 
 
 @pytest.mark.mirror
-@pytest.mark.slow
 def test_all_measures_of_the_e2e_test_set_take_seconds(e2e_scored):
     began = time.process_time()
     scores = {name: text_score(name, predictions=e2e_scored[0], references=e2e_scored[1]) for name in TEXT_METRICS}
