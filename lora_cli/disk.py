@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ __all__ = [
     "parse_object",
     "read_object",
     "remove_strays",
+    "sha256",
     "shown",
     "unless_empty",
     "write_atomic",
@@ -136,6 +138,19 @@ def open_plain(file: Path, error: type[UserError], *, limit: int | None = None) 
         return os.fdopen(os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)), "rb")
     except OSError as fault:
         raise error(f"{shown(file)}: {fault.strerror or fault}") from fault
+
+
+def sha256(file: Path, error: type[UserError]) -> str:
+    """The SHA-256 of a regular file's bytes, in hex digits.
+
+    Raises:
+        UserError: as `error`, see `open_plain`.
+    """
+    digest = hashlib.sha256()
+    with open_plain(file, error) as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def remove_strays(folder: Path) -> None:

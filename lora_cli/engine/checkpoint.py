@@ -8,7 +8,6 @@ functions of the step, so no random state has to be kept.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lora_cli.disk import open_plain, read_object
+from lora_cli.disk import read_object, sha256
 from lora_cli.errors import RunError, printable
 from lora_cli.nn.tensor_file import save_tensors
 
@@ -95,7 +94,7 @@ def save(
         save_tensors(_contiguous(checkpoint.optimizer), folder / "optimizer.safetensors")
         if checkpoint.best is not None:
             save_tensors(_contiguous(checkpoint.best), folder / "best.safetensors")
-        digests = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+        digests = {file.name: sha256(file, RunError) for file in sorted(folder.iterdir())}
         (folder / "manifest.json").write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
     # A later step than the one just taken is a damaged checkpoint, passed over when this training began: it must not
     # count as one of the newest, for whose sake whole ones go.
@@ -196,17 +195,11 @@ def _is_whole(folder: Path) -> bool:
     try:
         digests = read_object(folder / "manifest.json", RunError, limit=_MAX_JSON_BYTES)
         names = {file.name for file in folder.iterdir()} - {"manifest.json"}
-        return names == set(digests) and all(_sha256(folder / name) == digest for name, digest in digests.items())
+        return names == set(digests) and all(
+            sha256(folder / name, RunError) == digest for name, digest in digests.items()
+        )
     except (OSError, RunError):
         return False
-
-
-def _sha256(file: Path) -> str:
-    with open_plain(file, RunError) as handle:
-        digest = hashlib.sha256()
-        while block := handle.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
 
 
 def _contiguous(tensors: Tensors) -> Tensors:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_cli.disk import open_plain
+from lora_cli.disk import sha256
 from lora_cli.errors import RunError, printable
 from lora_cli.runs.directory import read_json, write_json
 
@@ -23,7 +22,7 @@ NOT_COVERED = "checkpoints (a manifest each), eval, records of trackers"
 
 def write_manifest(run: Path) -> None:
     """Write manifest.json: the SHA-256 of each file that a finished run is not to change any more."""
-    write_json(run / _NAME, {name: _sha256(run / name) for name in _covered(run)})
+    write_json(run / _NAME, {name: sha256(run / name, RunError) for name in _covered(run)})
 
 
 def changed_files(run: Path) -> list[str]:
@@ -40,7 +39,7 @@ def changed_files(run: Path) -> list[str]:
             raise RunError(f"{run / _NAME}: no digest of {printable(name, 60)}")
     there = set(_covered(run))
     found = {name: "missing" for name in digests if name not in there} | dict.fromkeys(there - set(digests), "new")
-    found |= {name: "changed" for name in there & set(digests) if _sha256(run / name) != digests[name]}
+    found |= {name: "changed" for name in there & set(digests) if sha256(run / name, RunError) != digests[name]}
     return [f"{name} {what}" for name, what in sorted(found.items())]
 
 
@@ -53,11 +52,3 @@ def _covered(run: Path) -> Iterator[str]:
         for file in sorted((run / folder).glob("*")):
             if not stat.S_ISDIR(file.lstat().st_mode):
                 yield file.relative_to(run).as_posix()
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open_plain(file, RunError) as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
