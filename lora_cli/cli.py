@@ -25,8 +25,6 @@ __all__ = ["main"]
 _OUT_OF_MEMORY = "out of memory; a smaller train.batch_size or task.max_length needs less"
 _RUN_VERBS = ("eval", "infer", "chat", "merge")
 """Verbs that take task and model from a saved run."""
-_ADAPTER_VERBS = ("inspect", "export")
-"""Verbs that look at the adapter of a saved run alone."""
 _ANSWERING_VERBS = ("infer", "chat")
 """Verbs that have nothing left to do when nobody reads what they say."""
 _WRITING_VERBS = ("train", "rerun", "compare", "eval")
@@ -193,7 +191,7 @@ def _complete(words: list[str]) -> int:
     verb = before[1]
     if verb not in VERBS:
         return 0
-    if current.startswith("run=") and verb in ("resume", "verify", "rerun", *_RUN_VERBS, *_ADAPTER_VERBS):
+    if current.startswith("run=") and "run" in dict(nested_specs(VERBS[verb])):
         names = ["latest", *sorted(path.parent.name for path in Path("runs").glob("*/run.json"))]
         print("\n".join(f"run={name}" for name in dict.fromkeys(names) if f"run={name}".startswith(current)))
         return 0

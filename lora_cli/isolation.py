@@ -22,13 +22,13 @@ _MODELS = "bert", "gpt2", "llama", "t5"
 """Families whose code is loaded in advance as well; it has all that the others import of torch and transformers."""
 
 
-def start(words: Sequence[str], *, streams: Sequence[Path], cwd: Path | None = None) -> BaseProcess:
+def start(words: Sequence[str], *, streams: Sequence[Path]) -> BaseProcess:
     """`lora WORDS` in a new process, in a session of its own: Ctrl-C in the terminal does not reach it.
 
     Its standard input, output and error are the files `streams`; the last two are appended to.
     """
     # As a process that is started afresh would: the folder and environment of whoever forks are those of its own start.
-    here = (cwd or Path.cwd(), dict(os.environ))
+    here = (Path.cwd(), dict(os.environ))
     process = forks().Process(target=_become, args=(words, streams, *here))
     process.start()
     return process

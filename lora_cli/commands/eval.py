@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_cli.errors import ConfigError
 from lora_cli.runs.directory import write_json, write_jsonl
 from lora_cli.screen import Screen
 from lora_cli.spec import EvalRun
-from lora_cli.tasks import load_rows
+from lora_cli.tasks import Encoded, Scorer, TextScorer, load_rows
 
-__all__ = ["run"]
+if TYPE_CHECKING:
+    from lora_cli.saved import Saved
+
+__all__ = ["run", "score"]
 
 
 def run(spec: EvalRun, *, directory: Path | None = None, overrides: Sequence[str] = ()) -> float | None:
@@ -22,7 +26,6 @@ def run(spec: EvalRun, *, directory: Path | None = None, overrides: Sequence[str
     Raises:
         UserError: the run, the data or the base model do not fit together.
     """
-    from lora_cli.experiment import score_split
     from lora_cli.saved import open_saved
 
     if spec.output is not None and Path(spec.output).is_file():
@@ -41,15 +44,7 @@ def run(spec: EvalRun, *, directory: Path | None = None, overrides: Sequence[str
         screen.warning(f"not the {seen['rows']:,} {split} rows that the run was scored on: limits or data differ")
     if encoded.num_truncated or encoded.num_empty:
         screen.fact("texts", f"{encoded.num_truncated:,} cut, {encoded.num_empty:,} empty")
-    scorer = score_split(
-        saved.model,
-        saved.task,
-        encoded,
-        tokenizer=saved.tokenizer,
-        device=saved.device,
-        batch_size=saved.batch_size,
-        progress=screen.counter("answers"),
-    )
+    scorer = score(saved, encoded, progress=screen.counter("answers"))
     screen.close()
     metrics = scorer.result()
     for name, reason in scorer.undefined.items():
@@ -64,3 +59,20 @@ def run(spec: EvalRun, *, directory: Path | None = None, overrides: Sequence[str
         write_jsonl(output / "predictions.jsonl", scorer.predictions)
     screen.results({split: metrics})
     return metrics[spec.task.metrics[0]]
+
+
+def score(
+    saved: Saved, encoded: Encoded, *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Scorer | TextScorer:
+    """A saved model on an encoded split, scored as its run was."""
+    from lora_cli.experiment import score_split
+
+    return score_split(
+        saved.model,
+        saved.task,
+        encoded,
+        tokenizer=saved.tokenizer,
+        device=saved.device,
+        batch_size=saved.batch_size,
+        progress=progress,
+    )

@@ -59,8 +59,7 @@ def _prolong(new: RunDirectory, extended: Sequence[Mapping[str, Any]]) -> None:
             raise RunError(
                 f"{new.path}: the first run was prolonged at step {change['step']}, before its end; this was not"
             )
-        goals = {name: change[name] for name in resume.GOALS if change.get(name) is not None}
-        resume.run(ResumeRun(run=str(new.path), train=ProlongSpec(**goals)))
+        resume.run(ResumeRun(run=str(new.path), train=ProlongSpec(**resume.goals_of(change))))
 
 
 def _beside(recorded: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> Table:

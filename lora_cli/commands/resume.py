@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from lora_cli.engine.checkpoint import Progress
     from lora_cli.experiment import Experiment
 
-__all__ = ["GOALS", "as_extended", "run"]
+__all__ = ["as_extended", "goals_of", "run"]
 
-GOALS = ("max_steps", "epochs", "patience")
+_GOALS = ("max_steps", "epochs", "patience")
 """Keys of train.* that say when a training ends; they may grow."""
 
 
@@ -63,9 +63,13 @@ def run(spec: ResumeRun, *, directory: Path | None = None, overrides: Sequence[s
 def as_extended(spec: TrainRun, extended: Sequence[Mapping[str, Any]]) -> TrainRun:
     """What a run is trained by that was begun with `spec` and prolonged since."""
     for change in extended:
-        goals = {name: change[name] for name in GOALS if change.get(name) is not None}
-        spec = replace(spec, train=replace(spec.train, **goals))
+        spec = replace(spec, train=replace(spec.train, **goals_of(change)))
     return spec
+
+
+def goals_of(change: Mapping[str, Any]) -> dict[str, Any]:
+    """The ends that one entry of `extended` in run.json asked for."""
+    return {name: change[name] for name in _GOALS if change.get(name) is not None}
 
 
 def _grown(asked: ProlongSpec, before: TrainRun) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def _grown(asked: ProlongSpec, before: TrainRun) -> dict[str, Any]:
         ConfigError: one would come earlier, or has no say.
     """
     known = asdict(before.train)
-    goals = {name: value for name, value in asdict(asked).items() if name in GOALS and value is not None}
+    goals = {name: value for name, value in asdict(asked).items() if name in _GOALS and value is not None}
     goals = {name: value for name, value in goals.items() if value != known[name]}
     for name, value in goals.items():
         if known[name] is not None and value < known[name]:

@@ -65,12 +65,12 @@ def run(spec: TrainRun, *, directory: Path | None = None, overrides: Sequence[st
     if kept is None:
         folder, metrics = make(spec, task, screen, directory=directory, overrides=overrides, started=started)
         return report(screen, folder, metrics, spec.task)
-    rows = load_splits(spec, task, screen)
-    if kept.facts()["status"] != "finished" and kept.facts().get("extended"):
+    rows, facts = load_splits(spec, task, screen), kept.facts()
+    if facts["status"] != "finished" and facts.get("extended"):
         raise RunError(f"{kept.path}: was prolonged since; lora resume {shlex.quote(f'run={kept.path}')} continues it")
-    if kept.facts()["status"] == "finished":
+    if facts["status"] == "finished":
         _check_same_rows(kept, rows)
-        return report(screen, kept, kept.facts()["metrics"], spec.task)
+        return report(screen, kept, facts["metrics"], spec.task)
 
     experiment = prepare(spec, task, rows, screen)
     with kept.held():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_cli.commands import train
+from lora_cli.commands.eval import score
 from lora_cli.commands.resume import as_extended
 from lora_cli.config import read_train_run
 from lora_cli.errors import RunError, TrainingFailure, UserError
@@ -192,7 +193,6 @@ class _Replay:
 
 def _metrics(folder: RunDirectory, facts: Mapping[str, Any], begun: TrainRun) -> list[_Check]:
     """The saved adapter, scored again on each split that the run scored."""
-    from lora_cli.experiment import score_split
     from lora_cli.saved import open_saved
 
     saved = open_saved(EvalRun(run=str(folder.path), task=begun.task, model=begun.model, device=begun.device))
@@ -200,14 +200,7 @@ def _metrics(folder: RunDirectory, facts: Mapping[str, Any], begun: TrainRun) ->
     checks = []
     for split, recorded in facts["metrics"].items():
         encoded = saved.task.encode(load_rows(saved.task, [split], seed=saved.data_seed)[split], saved)
-        found = score_split(
-            saved.model,
-            saved.task,
-            encoded,
-            tokenizer=saved.tokenizer,
-            device=saved.device,
-            batch_size=saved.batch_size,
-        ).result()
+        found = score(saved, encoded).result()
         part = first_difference([{"step": 0, **found}], [{"step": 0, **recorded}], tolerance=tolerance)
         text = str(part).removeprefix("step 0: ") if part else f"{', '.join(recorded)} as recorded"
         checks.append(_Check(f"{split} metrics", part is None, text))
