@@ -42,6 +42,7 @@ from lora_cli.nn import (
     start_from_inputs,
     trainable_state,
 )
+from lora_cli.process import settle_down
 from lora_cli.spec import LOSS_DOWNWARDS, TEXT_METRICS, TrainRun
 from lora_cli.tasks import Encoded, EncodedTexts, Rows, Scorer, Task, TextScorer, TextTask
 from lora_cli.unpadded import remove_padding
@@ -115,6 +116,7 @@ class Experiment:
         if INITS[spec.lora.init].is_neutral:
             after = _logits(task, base, data["train"], device)
             check_same_logits("a fresh adapter must not change the base model", before, after, tolerance=tolerance)
+        settle_down()
         return cls(
             spec=spec,
             task=task,

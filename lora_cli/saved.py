@@ -11,6 +11,7 @@ from lora_cli.engine.device import Device, open_device
 from lora_cli.errors import AdapterError, ConfigError, DataError, RunError, printable
 from lora_cli.models import load_base
 from lora_cli.nn import load_adapter, read_adapter, truncate
+from lora_cli.process import settle_down
 from lora_cli.runs.directory import RunDirectory
 from lora_cli.runs.registry import find_run, is_bare_adapter
 from lora_cli.spec import QUANTIZATIONS, ChatRun, ClassificationSpec, EvalRun, InferRun, MergeRun, ModelSpec, TaskSpec
@@ -98,6 +99,7 @@ def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun, *, keep_padding: b
     tokenizer = load_tokenizer(saved_tokenizer) if saved_tokenizer and saved_tokenizer.is_dir() else base.tokenizer
     asked = spec.batch_size if isinstance(spec, EvalRun | InferRun) else None
     batch_size = asked or int(facts.get("eval_batch_size", 64))
+    settle_down()
     return Saved(
         path,
         folder,
