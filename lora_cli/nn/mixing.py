@@ -90,12 +90,26 @@ class Slot:
             # Filled, not multiplied by zero: another adapter's infinity must not reach this row.
             h = h.masked_fill_(seats.outside(block, x.ndim), 0.0)
             return output.add_(functional.linear(h, B.to(h.dtype)))
+        # With gradients every update of a part in place would be a step of autograd over the whole.
+        if not (drops or torch.is_grad_enabled()) and x.dtype == output.dtype and output.is_contiguous():
+            self._add_by_runs(x, output, seats)
+            return output
         for number, layer in layers.items():
             if seats.has(number):
                 A, B = self._pairs[number]
                 h = functional.linear(layer.dropout(seats.take(x, number)), A.to(x.dtype))
                 output = seats.add(output, number, functional.linear(h, B.to(h.dtype)).to(output.dtype))
         return output
+
+    def _add_by_runs(self, x: Tensor, output: Tensor, seats: Seats) -> None:
+        """The same where rows stand, without a copy of them: as many products as there are changes of adapter."""
+        x, output = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1])
+        tokens = len(x) // len(seats.owner)
+        for number, start, stop in seats.runs:
+            if number in self._pairs:
+                A, B = (factor.to(x.dtype) for factor in self._pairs[number])
+                here = slice(None) if seats.places[number] is None else slice(start * tokens, stop * tokens)
+                output[here].addmm_(x[here] @ A.T, B.T)
 
     def _refresh(self) -> None:
         """Have A and s B of each layer: kept until one is written to, unless gradients are wanted."""

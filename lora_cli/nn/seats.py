@@ -8,8 +8,9 @@ Dimensions in names: N rows, T tokens, L whatever a tensor has in the dimension 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ class Seats:
     """All numbers among them."""
     places: tuple[Tensor | None, ...]
     """By number of an adapter, its positions; None: all of them."""
+
+    runs: tuple[tuple[int, int, int], ...]
+    """(adapter, first position, position behind the last): neighbours of one adapter, in their order."""
 
     def has(self, number: int) -> bool:
         """Whether the adapter sits here at all."""
@@ -113,7 +117,7 @@ class Seating:
             AdapterError: the rows share it, so that they cannot have adapters of their own there.
         """
         if self._is_one:
-            return Seats(0, self._numbers_N, frozenset((0,)), (None,))
+            return Seats(0, self._numbers_N, frozenset((0,)), (None,), ((0, 0, len(self._numbers_N)),))
         dimension = 1 if self._is_laid and x.ndim > 1 and x.shape[0] == 1 else 0
         size = x.shape[dimension]
         if size not in self._owners:
@@ -125,7 +129,8 @@ class Seating:
         if key not in self._found:
             owner = self._owners[size]
             places = tuple((owner == number).nonzero()[:, 0].to(self._device) for number in range(self._num_adapters))
-            self._found[key] = Seats(dimension, owner.to(self._device), frozenset(owner.tolist()), places)
+            present = frozenset(owner.tolist())
+            self._found[key] = Seats(dimension, owner.to(self._device), present, places, tuple(_runs(owner)))
         return self._found[key]
 
     def _expect(self, owners: dict[int, Tensor], *, is_laid: bool) -> None:
@@ -143,6 +148,14 @@ class Seating:
         few = self._numbers_N if kept is None else tokens_T[kept.cpu()]
         # If both are of one size, each row has one token, and the rows stand in the batch's order.
         return {len(few): few, len(tokens_T): tokens_T}
+
+
+def _runs(owner: Tensor) -> Iterator[tuple[int, int, int]]:
+    start = 0
+    for number, neighbours in groupby(owner.tolist()):
+        stop = start + sum(1 for _ in neighbours)
+        yield number, start, stop
+        start = stop
 
 
 def _as_wide(x: Tensor, width: int) -> Tensor:
