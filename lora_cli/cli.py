@@ -18,7 +18,7 @@ from lora_cli import __version__
 from lora_cli.errors import ConfigError, LoraError, UserError, nearest, printable
 from lora_cli.process import Terminated, outlive_readers, signals_and_warnings
 from lora_cli.spec import BASE_KEYS, VERBS, ResumeRun, nested_specs
-from lora_cli.words import value_of
+from lora_cli.words import is_sweep, sweep_folder, value_of
 
 __all__ = ["main"]
 
@@ -69,8 +69,7 @@ def _answer(verb: str, words: list[str]) -> int:
         _debug()
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             return _complain(verb, _OUT_OF_MEMORY, 1)
-        text = f"internal error: {type(error).__name__}: {error} (LORA_DEBUG=1 shows the traceback)"
-        return _complain(verb, text, 1)
+        return _complain(verb, _internal(error), 1)
 
 
 def _dispatch(verb: str, words: list[str]) -> int:
@@ -98,14 +97,18 @@ def _dispatch(verb: str, words: list[str]) -> int:
 def _run(verb: str, words: list[str]) -> int:
     from lora_cli import config
 
-    failed: list[tuple[config.Job, LoraError]] = []
-    outputs: set[str | None] = set()
+    if verb == "runs":
+        words = ["json=true" if word == "--json" else word for word in words]
     _check_folder(verb, words)
     if verb == "resume":
         _check_changes(words)
     if verb == "eval" and "," in (value_of("lora.r", words) or ""):
         # Several ranks are one question about one run, so they need no -m.
         words = ["-m", *words]
+    if verb == "train" and is_sweep(words):
+        return _sweep(words)
+    failed: list[tuple[config.Job, LoraError]] = []
+    outputs: set[str | None] = set()
 
     def run_job(job: config.Job) -> float | None:
         try:
@@ -125,11 +128,6 @@ def _run(verb: str, words: list[str]) -> int:
             failed.append((job, error))
             _complain(verb, f"job {job.sweep_number} ({' '.join(job.overrides)}): {error}", 1)
             return None
-        except KeyboardInterrupt as error:
-            if job.sweep_number is None or job.directory is None:
-                raise
-            rest = shlex.quote(f"hydra.sweep.dir={job.directory.parent}")
-            raise type(error)(f"the same words with resume=auto {rest} do the rest") from error
 
     config.launch(verb, words, run_job, saved=_saved_groups(verb, words))
     if failed:
@@ -139,10 +137,33 @@ def _run(verb: str, words: list[str]) -> int:
     return 1 if failed else 0
 
 
+def _sweep(words: list[str]) -> int:
+    """Many trainings: what becomes of each is noted in the sweep's folder, whichever launcher runs it."""
+    from lora_cli import config
+    from lora_cli.launchers import run_here
+    from lora_cli.screen import Screen
+    from lora_cli.sweep_view import conclude
+
+    typed = shlex.join(["lora", "train", *words])
+    folder, words = sweep_folder("train", words)
+    assert folder is not None
+    if not any(word.startswith("hydra/launcher=") for word in words):
+        words = ["hydra/launcher=isolated", *words]
+    try:
+        config.launch("train", words, run_here)
+    except KeyboardInterrupt:
+        conclude(folder, typed, Screen())
+        raise
+    return 0 if conclude(folder, typed, Screen()) else 1
+
+
 def _check_folder(verb: str, words: Sequence[str]) -> None:
     """Refuse a folder for a run where none is made."""
-    if verb not in _WRITING_VERBS and (folder := value_of("hydra.run.dir", words)):
-        raise ConfigError("hydra.run.dir", folder, f"lora {verb} makes no folder of a run; leave it out")
+    if folder := value_of("hydra.run.dir", words):
+        if verb not in _WRITING_VERBS:
+            raise ConfigError("hydra.run.dir", folder, f"lora {verb} makes no folder of a run; leave it out")
+        if is_sweep(words):
+            raise ConfigError("hydra.run.dir", folder, "is for one run; -m makes a folder of runs: hydra.sweep.dir=DIR")
 
 
 def _check_changes(words: Sequence[str]) -> None:
@@ -205,6 +226,10 @@ def _complete(words: list[str]) -> int:
         saved = {}
     config.complete(verb, words, saved)
     return 0
+
+
+def _internal(error: Exception) -> str:
+    return f"internal error: {type(error).__name__}: {error} (LORA_DEBUG=1 shows the traceback)"
 
 
 def _complain(verb: str, text: str, code: int) -> int:

@@ -6,6 +6,7 @@ Knows nothing of torch, of models or of run folders: what a saved run contribute
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -62,6 +63,8 @@ class Job:
     directory: Path | None
     overrides: tuple[str, ...]
     sweep_number: int | None
+    sweep: Path | None
+    """The folder of the sweep that it is a job of."""
 
 
 def conf_dir() -> Path:
@@ -88,7 +91,7 @@ def launch(
     from hydra import main as hydra_main
 
     literals, words = take_literals(words)
-    _register_schemas()
+    _register_schemas(verb)
     _register_user_conf()
     _register_saved(saved or {})
     failures: list[BaseException] = []
@@ -102,7 +105,7 @@ def launch(
             return None
 
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sweep, words = sweep_folder(words)
+    sweep, words = sweep_folder(verb, words)
     sys.argv = [f"lora {verb}", *prepare(words, VERBS[verb])]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise where it would print and exit with 1
     try:
@@ -130,7 +133,7 @@ def complete(verb: str, words: Sequence[str], saved: Mapping[str, Mapping[str, A
     """Answer a shell's TAB through Hydra, with COMP_LINE already without the verb."""
     from hydra import main as hydra_main
 
-    _register_schemas()
+    _register_schemas(verb)
     _register_user_conf()
     _register_saved(saved or {})
     sys.argv = ["lora", *words]
@@ -146,6 +149,7 @@ def compose(verb: str, words: Sequence[str]) -> Any:
     """
     from hydra import compose as hydra_compose
 
+    _register_schemas(verb)
     try:
         return _validated(hydra_compose(config_name=verb, overrides=list(words)))
     except LoraError:
@@ -169,8 +173,10 @@ def to_plain(spec: object) -> dict[str, Any]:
     return dataclasses.asdict(spec)  # type: ignore[call-overload, no-any-return]
 
 
-def read_train_run(saved: Mapping[str, Any]) -> TrainRun:
+def read_train_run(saved: Mapping[str, Any], *, trusted: bool = False) -> TrainRun:
     """The typed configuration of a saved run, whose config.yaml holds `saved`.
+
+    `trusted`: the code of its checkpoint may run, which no run says of itself.
 
     Raises:
         UserError: a key is unknown, or a value is not what its key takes.
@@ -185,7 +191,7 @@ def read_train_run(saved: Mapping[str, Any]) -> TrainRun:
     except OmegaConfBaseException as error:
         raise RunError(f"saved config: {error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(found, TrainRun)
-    return found
+    return dataclasses.replace(found, model=dataclasses.replace(found.model, trust_remote_code=trusted))
 
 
 def explain(error: Exception, verb: str) -> UserError:
@@ -246,6 +252,7 @@ def _job(cfg: Any, literals: Mapping[str, str]) -> Job:
         directory=directory if own else None,
         overrides=tuple(map(str, typed)),
         sweep_number=int(hydra.job.num) if sweeping else None,
+        sweep=Path(hydra.sweep.dir) if sweeping else None,
     )
 
 
@@ -369,12 +376,13 @@ def _kind_of(task: Any) -> str:
     return str(kind)
 
 
-def _register_schemas() -> None:
+@functools.cache
+def _register_schemas(verb: str) -> None:
+    """Those that a config of `verb` is made of; turning a dataclass into a schema takes longer than composing."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    for verb, schema in VERBS.items():
-        store.store(group="schema", name=verb, node=schema, package="_global_")
+    store.store(group="schema", name=verb, node=VERBS[verb], package="_global_")
     for kind, schema in TASK_KINDS.items():
         store.store(group="schema/task", name=kind, node=schema)
     store.store(group="schema", name="model", node=ModelSpec)

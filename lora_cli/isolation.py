@@ -17,18 +17,15 @@ from pathlib import Path
 
 __all__ = ["forks", "obey", "settle", "start"]
 
-_PRELOADED = ("lora_cli.cli", "lora_cli.experiment", "hydra.main", "transformers.models.auto.tokenization_auto")
-_MODELS = "bert", "gpt2", "llama", "t5"
-"""Families whose code is loaded in advance as well; it has all that the others import of torch and transformers."""
 
-
-def start(words: Sequence[str], *, streams: Sequence[Path]) -> BaseProcess:
+def start(words: Sequence[str], *, streams: Sequence[Path], environ: Mapping[str, str] | None = None) -> BaseProcess:
     """`lora WORDS` in a new process, in a session of its own: Ctrl-C in the terminal does not reach it.
 
-    Its standard input, output and error are the files `streams`; the last two are appended to.
+    Its standard input, output and error are the files `streams`; the last two are appended to. `environ` is added to
+    the environment.
     """
     # As a process that is started afresh would: the folder and environment of whoever forks are those of its own start.
-    here = (Path.cwd(), dict(os.environ))
+    here = (Path.cwd(), {**os.environ, **(environ or {})})
     process = forks().Process(target=_become, args=(words, streams, *here))
     process.start()
     return process
@@ -37,8 +34,7 @@ def start(words: Sequence[str], *, streams: Sequence[Path]) -> BaseProcess:
 def forks() -> ForkServerContext:
     """Makes processes that are forked after the imports."""
     context = multiprocessing.get_context("forkserver")
-    models = (f"transformers.models.{family}.modeling_{family}" for family in _MODELS)
-    context.set_forkserver_preload([*_PRELOADED, *models])
+    context.set_forkserver_preload(["lora_cli.preload"])
     return context
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from lora_cli.errors import printable
 
@@ -28,6 +30,7 @@ class Screen:
         self._out = Console(highlight=False, soft_wrap=True)
         self._err = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
+        self._live: Live | None = None
 
     def fact(self, name: str, text: str) -> None:
         """One line of the header: what was understood."""
@@ -98,6 +101,18 @@ class Screen:
 
         return count_up
 
+    def running(self, lines: Sequence[str]) -> None:
+        """What runs right now, a line each, below everything else; on a terminal only. None: nothing does."""
+        if self._live is None and lines and self._err.is_terminal:
+            self._live = Live(console=self._err, transient=True, auto_refresh=False)
+            self._live.start()
+        if self._live is not None:
+            text = Text("\n".join(printable(line, self.width - 1) for line in lines), style="dim")
+            self._live.update(text, refresh=True)
+            if not lines:
+                self._live.stop()
+                self._live = None
+
     def close(self) -> None:
         """Take the live bar away."""
         if self._bar is not None:
@@ -132,6 +147,10 @@ class Screen:
         for view in views:
             self._out.print()
             self._out.print(view, soft_wrap=False)
+
+    def note(self, view: RenderableType) -> None:
+        """A view on stderr, as wide as the terminal."""
+        self._err.print(view, soft_wrap=False)
 
     def line(self, text: str) -> None:
         """Lines of result on stdout."""

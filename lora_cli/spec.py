@@ -28,9 +28,11 @@ __all__ = [
     "INITS",
     "PRECISIONS",
     "QUANTIZATIONS",
+    "RUN_ORDERS",
     "SCALINGS",
     "SCHEDULES",
     "SPLITS",
+    "STATUSES",
     "TASK_KINDS",
     "TEXT_METRICS",
     "TRACKERS",
@@ -47,6 +49,7 @@ __all__ = [
     "DataSpec",
     "DecodeSpec",
     "DeviceSpec",
+    "DiffRun",
     "EvalRun",
     "ExportRun",
     "FetchRun",
@@ -60,16 +63,21 @@ __all__ = [
     "ModelSpec",
     "ProlongSpec",
     "RankSpec",
+    "ReportRun",
     "RerunRun",
     "ResumeRun",
+    "RunsRun",
+    "SweepSpec",
     "TaskSpec",
     "TextSpec",
     "ThreadsSpec",
     "TrackerSpec",
     "TrainRun",
     "TrainSpec",
+    "TrustSpec",
     "VerifyRun",
     "VerifySpec",
+    "WhereSpec",
     "nested_specs",
 ]
 
@@ -110,6 +118,8 @@ COMBINE_METHODS = ("concat", "svd", "linear")
 CHAT_TEMPLATES = ("tokenizer", "chatml", "plain")
 LOSS_DOWNWARDS = ("loss", "perplexity", "ter")
 """Figures of which less is better."""
+STATUSES = ("running", "finished", "failed", "interrupted")
+RUN_ORDERS = ("started", "metric", "parameters", "time")
 MAX_RANK = 4096
 MAX_SCALING = 1e4
 MAX_SEED = 2**63 - 1
@@ -634,6 +644,17 @@ class TrackerSpec:
 
 
 @dataclass(kw_only=True)
+class SweepSpec:
+    """What a sweep (-m) does with what is there already."""
+
+    redo: str = "missing"
+    """missing: train only what is not finished yet, in this sweep or elsewhere under runs/; all: train everything."""
+
+    def __post_init__(self) -> None:
+        _one_of("sweep.redo", self.redo, ("missing", "all"), "choice")
+
+
+@dataclass(kw_only=True)
 class TrainRun:
     """lora train: fine-tune, score, write a run folder."""
 
@@ -649,6 +670,8 @@ class TrainRun:
     """The machine."""
     tracker: TrackerSpec = field(default_factory=TrackerSpec)
     """Further records."""
+    sweep: SweepSpec = field(default_factory=SweepSpec)
+    """What -m does with what is there already."""
     seed: int = 0
     """Seed of everything random, unless train.*_seed says otherwise."""
     resume: str = "never"
@@ -708,6 +731,14 @@ class ThreadsSpec:
 
 
 @dataclass(kw_only=True)
+class TrustSpec:
+    """What a run cannot say of its own base model."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint. Only from the command line, never from a run."""
+
+
+@dataclass(kw_only=True)
 class ResumeRun:
     """lora resume: continue a run from its own folder, or prolong it."""
 
@@ -715,6 +746,8 @@ class ResumeRun:
     """Run folder, unique prefix of its name, or latest: the one that was started last."""
     train: ProlongSpec = field(default_factory=ProlongSpec)
     """What may change of the training."""
+    model: TrustSpec = field(default_factory=TrustSpec)
+    """The base model is the run's own."""
     device: ThreadsSpec = field(default_factory=ThreadsSpec)
     """The machine."""
     tracker: TrackerSpec | None = None
@@ -743,6 +776,8 @@ class VerifyRun:
     """Run folder, unique prefix of its name, or latest."""
     verify: VerifySpec = field(default_factory=VerifySpec)
     """What is trained again."""
+    model: TrustSpec = field(default_factory=TrustSpec)
+    """The base model is the run's own."""
     device: DeviceSpec | None = None
     """The machine; the run's own unless given."""
 
@@ -753,6 +788,8 @@ class RerunRun:
 
     run: str = "???"
     """Run folder, unique prefix of its name, or latest."""
+    model: TrustSpec = field(default_factory=TrustSpec)
+    """The base model is the run's own."""
     device: DeviceSpec | None = None
     """The machine; the run's own unless given."""
 
@@ -1102,6 +1139,76 @@ class CompareRun:
             raise ConfigError("compare.target", self.compare.target, needed)
 
 
+@dataclass(kw_only=True)
+class WhereSpec:
+    """Which runs are listed."""
+
+    task: str | None = None
+    """Those of this task."""
+    model: str | None = None
+    """Those on this base model."""
+    status: str | None = None
+    """Those that are running, finished, failed or interrupted."""
+    name: str | None = None
+    """Those whose folder has this in its name, such as that of a sweep."""
+
+    def __post_init__(self) -> None:
+        if self.status is not None:
+            _one_of("where.status", self.status, STATUSES, "status")
+
+
+@dataclass(kw_only=True)
+class RunsRun:
+    """lora runs: list the runs under runs/, newest first."""
+
+    where: WhereSpec = field(default_factory=WhereSpec)
+    """Which runs are listed."""
+    sort: str = "started"
+    """Newest first (started), best first (metric), fewest parameters first (parameters), quickest first (time)."""
+    limit: int = 30
+    """Runs shown; 0: all."""
+    json: bool = False
+    """One JSON object a line instead of a table; --json is the same."""
+
+    def __post_init__(self) -> None:
+        _one_of("sort", self.sort, RUN_ORDERS, "order")
+        _at_least("limit", self.limit, 0)
+
+
+@dataclass(kw_only=True)
+class DiffRun:
+    """lora diff: what two runs do not share: configuration, data, metrics, predictions."""
+
+    run: str = "???"
+    """Run folder, unique prefix of its name, or latest."""
+    other: str = "???"
+    """The run that it is put beside."""
+    examples: int = 5
+    """Rows shown that one gets right and the other wrong, or that differ."""
+
+    def __post_init__(self) -> None:
+        _at_least("examples", self.examples, 0)
+
+
+@dataclass(kw_only=True)
+class ReportRun:
+    """lora report: a run or a sweep as one HTML page that needs no network."""
+
+    run: str | None = None
+    """Run folder, unique prefix of its name, or latest."""
+    sweep: str | None = None
+    """Folder of a sweep; latest: the one that was started last."""
+    output: str | None = None
+    """HTML file to write; None: report.html in the folder."""
+    examples: int = 20
+    """Rows or written texts shown."""
+
+    def __post_init__(self) -> None:
+        if (self.run is None) == (self.sweep is None):
+            raise ConfigError("run", self.run, "give run=FOLDER or sweep=FOLDER, one of them")
+        _at_least("examples", self.examples, 0)
+
+
 VERBS: dict[str, type] = {
     "train": TrainRun,
     "resume": ResumeRun,
@@ -1112,6 +1219,9 @@ VERBS: dict[str, type] = {
     "chat": ChatRun,
     "data": DataRun,
     "compare": CompareRun,
+    "runs": RunsRun,
+    "diff": DiffRun,
+    "report": ReportRun,
     "merge": MergeRun,
     "inspect": InspectRun,
     "export": ExportRun,

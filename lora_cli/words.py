@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import typing
@@ -13,7 +15,7 @@ from pathlib import Path
 from lora_cli.errors import ConfigError, UserError
 from lora_cli.spec import nested_specs
 
-__all__ = ["config_dirs", "prepare", "sweep_folder", "take_literals", "value_of"]
+__all__ = ["config_dirs", "is_sweep", "prepare", "sweep_folder", "take_literals", "value_of"]
 
 _FLAGS_WITH_VALUE = frozenset(
     f"-{short}" for short in ("c", "p", "cp", "cn", "cd", "i", "-cfg", "-package", "-config-path", "-config-name")
@@ -26,6 +28,10 @@ _HYDRA_ONLY = frozenset(
 )
 """Flags that pass through, but that a person is not pointed to."""
 _SWEEPING = frozenset(("-m", "--multirun"))
+_HOW_IT_RUNS = ("hydra/launcher=", "hydra.launcher.", "hydra.sweeper.trials=", "sweep.redo=")
+"""Words of a sweep that do not tell which runs are wanted."""
+_MAX_NAMED = 4
+"""Keys in the name of a sweep's folder."""
 _LITERAL_KEYS = ("text", "text_pair", "prompt", "system")
 """Keys whose value is the user's own words: never parsed by Hydra's grammar."""
 _TEMPLATE_KEYS = frozenset(("task.prompt", "task.target"))
@@ -67,14 +73,43 @@ def config_dirs(words: Sequence[str]) -> list[Path]:
     return [Path(folder) for flag, folder in pairwise(parted) if flag in ("--config-dir", "-cd")]
 
 
-def sweep_folder(words: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Where the jobs of a sweep go, and `words` that say so; None without -m."""
-    if _SWEEPING.isdisjoint(words):
+def is_sweep(words: Sequence[str]) -> bool:
+    """Whether -m is among `words`."""
+    return not _SWEEPING.isdisjoint(words)
+
+
+def sweep_folder(verb: str, words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Where the jobs of a sweep go, and `words` that say so; None without -m.
+
+    The same words lead the trainings to the same folder under runs/, whatever the day, unless sweep.redo=all.
+    """
+    if not is_sweep(words):
         return None, list(words)
     if chosen := value_of("hydra.sweep.dir", words):
         return Path(chosen), list(words)
-    folder = Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}_sweep")
+    if verb != "train":
+        folder = Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}_sweep")
+        return folder, [*words, f"hydra.sweep.dir={folder.as_posix()}"]
+    own = [word for word in words if word not in _SWEEPING and not word.startswith(_HOW_IT_RUNS)]
+    swept = "-".join(_swept_keys(own)) or "sweep"
+    name = f"sweep_{swept}_{hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]}"
+    there = Path("runs").glob(f"????-??-??_{name}*")
+    newest = max(there, key=lambda path: (path.name[:10], len(path.name), path.name), default=None)
+    if newest is None or value_of("sweep.redo", words) == "all":
+        first, number = Path("runs", f"{datetime.now():%Y-%m-%d}_{name}"), 1
+        newest = first
+        while newest.exists():
+            number += 1
+            newest = first.with_name(f"{first.name}-{number}")
+    folder = newest
     return folder, [*words, f"hydra.sweep.dir={folder.as_posix()}"]
+
+
+def _swept_keys(words: Sequence[str]) -> list[str]:
+    """The last parts of the keys that have several values, for a name."""
+    parted = [word.lstrip("+~").partition("=") for word in words if not word.startswith("-")]
+    keys = [key for key, _, value in parted if "," in value and not value.startswith(("[", "{"))]
+    return [re.sub(r"[^A-Za-z0-9]+", "", re.split(r"[./]", key)[-1]) for key in keys][:_MAX_NAMED]
 
 
 def _flags_first(words: Sequence[str]) -> list[str]:

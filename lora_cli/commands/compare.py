@@ -19,6 +19,7 @@ from lora_cli import isolation
 from lora_cli.config import compose, group_flags, to_plain
 from lora_cli.disk import write_atomic
 from lora_cli.errors import ConfigError, TrainingFailure, UnknownName, UserError, printable
+from lora_cli.reuse import is_current
 from lora_cli.runs.comparison import (
     Goal,
     Spread,
@@ -163,7 +164,7 @@ def _train(job: _Job, goal: Goal, folder: Path, number: str, screen: Screen, *, 
     """Have one training done, or found done, and read what it reached."""
     kept = find_training(job.signature, folder if only_there else None)
     path = kept.path if kept else folder / job.name
-    reused = kept is not None and _is_finished(kept, job)
+    reused = kept is not None and is_current(kept, job.spec)
     what = "found in" if reused else "goes on in" if kept else "in"
     screen.fact(number, f"{job.method}, seed {job.seed}, {what} {path.name if path.parent == folder else path}")
     if not reused:
@@ -178,17 +179,6 @@ def _train(job: _Job, goal: Goal, folder: Path, number: str, screen: Screen, *, 
     reached = f"{goal.metric} {significant(figures.get(goal.figure))}"
     screen.fact("", f"{reached} after {figures['steps']} steps")
     return Training(job.method, job.seed, str(path), figures, conditions, reused)
-
-
-def _is_finished(kept: RunDirectory, job: _Job) -> bool:
-    """Whether the run is done, on the very rows that there are now."""
-    facts = kept.facts()
-    if facts["status"] != "finished":
-        return False
-    task, seed = build_task(job.spec.task), job.spec.seed_for("data")
-    known = {split: part["fingerprint"] for split, part in facts["data"].items()}
-    rows = load_rows(task, list(known), seed=seed)
-    return known == {split: found.fingerprint for split, found in rows.items()}
 
 
 def _run_train(words: Sequence[str], output: Path) -> int:

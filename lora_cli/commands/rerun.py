@@ -18,7 +18,7 @@ from lora_cli.runs.difference import differing_versions, first_difference, read_
 from lora_cli.runs.directory import RunDirectory, read_saved_config
 from lora_cli.runs.registry import find_run
 from lora_cli.screen import Screen, significant
-from lora_cli.spec import ProlongSpec, RerunRun, ResumeRun
+from lora_cli.spec import ProlongSpec, RerunRun, ResumeRun, TrustSpec
 from lora_cli.tasks import build_task
 from lora_cli.trackers import check_tracker
 
@@ -37,7 +37,7 @@ def run(spec: RerunRun, *, directory: Path | None = None, overrides: Sequence[st
     facts = old.facts()
     if facts["status"] != "finished":
         raise RunError(f"{old.path}: is {facts['status']}, not finished; lora resume finishes a run")
-    begun = read_train_run(read_saved_config(old.path))
+    begun = read_train_run(read_saved_config(old.path), trusted=spec.model.trust_remote_code)
     begun = replace(begun, device=spec.device or begun.device, resume="never")
     check_tracker(begun.tracker)
     if directory is not None:
@@ -45,21 +45,21 @@ def run(spec: RerunRun, *, directory: Path | None = None, overrides: Sequence[st
     task, words = build_task(begun.task), old.overrides()
     new, metrics = train.make(begun, task, screen, directory=directory, overrides=words, started=started)
     if extended := facts.get("extended"):
-        _prolong(new, extended)
+        _prolong(new, extended, spec.model)
         metrics = new.facts()["metrics"]
     screen.show(_beside(facts["metrics"], metrics))
     screen.line(f"\n{_differences(old, new)}\n{new.path}")
     return metrics.get(begun.task.split, {}).get(begun.task.metrics[0])
 
 
-def _prolong(new: RunDirectory, extended: Sequence[Mapping[str, Any]]) -> None:
+def _prolong(new: RunDirectory, extended: Sequence[Mapping[str, Any]], trust: TrustSpec) -> None:
     """What was asked for of the first run after its end."""
     for change in extended:
         if new.facts()["steps"] != change["step"]:
             raise RunError(
                 f"{new.path}: the first run was prolonged at step {change['step']}, before its end; this was not"
             )
-        resume.run(ResumeRun(run=str(new.path), train=ProlongSpec(**resume.goals_of(change))))
+        resume.run(ResumeRun(run=str(new.path), train=ProlongSpec(**resume.goals_of(change)), model=trust))
 
 
 def _beside(recorded: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> Table:

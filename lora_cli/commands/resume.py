@@ -39,7 +39,8 @@ def run(spec: ResumeRun, *, directory: Path | None = None, overrides: Sequence[s
     folder = find_started(spec.run)
     folder.check_plain()
     facts = folder.facts()
-    before = as_extended(read_train_run(read_saved_config(folder.path)), facts.get("extended", []))
+    begun = read_train_run(read_saved_config(folder.path), trusted=spec.model.trust_remote_code)
+    before = as_extended(begun, facts.get("extended", []))
     goals = _grown(spec.train, before)
     if facts["status"] == "finished" and not goals:
         return train.report(screen, folder, facts["metrics"], before.task)

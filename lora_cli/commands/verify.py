@@ -50,7 +50,7 @@ def run(spec: VerifyRun, *, directory: Path | None = None, overrides: Iterable[s
     facts = folder.facts()
     if facts["status"] != "finished":
         raise RunError(f"{folder.path}: is {facts['status']}, not finished; lora resume finishes a run")
-    begun = read_train_run(read_saved_config(folder.path))
+    begun = read_train_run(read_saved_config(folder.path), trusted=spec.model.trust_remote_code)
     begun = replace(begun, device=spec.device or begun.device)
     checks = [*_tried("files", lambda: _files(folder))]
     checks += _tried("training", lambda: _training(folder, facts, begun, spec.verify, screen))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import resource
 import sys
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import torch
 from lora_cli.errors import ConfigError
 from lora_cli.spec import DeviceSpec
 
-__all__ = ["Device", "open_device"]
+__all__ = ["Device", "one_card", "open_device"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -79,6 +80,15 @@ class Device:
         threads = f", {number} thread{'s' * (number != 1)}" if self.device.type == "cpu" else ""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return f"{name}, {self.precision}{threads}"
+
+
+def one_card(number: int) -> dict[str, str]:
+    """Environment by which a process to come sees one GPU only, the `number`-th and round again; {} without any."""
+    if not torch.cuda.is_available():
+        return {}
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    cards = seen.split(",") if seen else [str(card) for card in range(torch.cuda.device_count())]
+    return {"CUDA_VISIBLE_DEVICES": cards[number % len(cards)]}
 
 
 def open_device(spec: DeviceSpec) -> Device:

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_cli.errors import RunError, printable
-from lora_cli.spec import MAX_SEED
+from lora_cli.spec import MAX_SEED, STATUSES
 
 __all__ = ["FORMAT", "checked_facts"]
 
 FORMAT = 1
 """Version of a run folder's layout; a run of a newer one is refused."""
-STATUSES = ("running", "finished", "failed", "interrupted")
 _MAX_ENTRIES = 1 << 16
 _NEEDED_IF_FINISHED = ("signature", "data", "metrics")
 

@@ -11,7 +11,7 @@ from typing import Any
 from lora_cli.errors import RunError, UnknownName
 from lora_cli.runs.directory import RunDirectory, read_json, read_saved_config, result_keys, signature
 
-__all__ = ["find_adapter", "find_run", "find_started", "is_bare_adapter", "run_of"]
+__all__ = ["all_runs", "find_adapter", "find_run", "find_started", "finished_runs", "is_bare_adapter", "run_of"]
 
 _ROOT = Path("runs")
 
@@ -34,8 +34,7 @@ def find_run(name: str) -> Path:
             raise RunError(f"{name}: neither a run (run.json) nor an adapter (adapter_config.json) is in this folder")
         return path
     # A sweep's jobs are named by the sweep and their number, such as 2026-11-22_sweep/3.
-    runs = {file.parent.relative_to(_ROOT).as_posix(): file.parent for file in sorted(_ROOT.glob("**/run.json"))}
-    runs = {own: run for own, run in runs.items() if run.parts[1] != "latest"}
+    runs = {run.path.relative_to(_ROOT).as_posix(): run.path for run in all_runs()}
     found = [runs[name]] if name in runs else [run for own, run in runs.items() if own.startswith(name)]
     if not found:
         raise UnknownName("run", name, ["latest", *runs], "run")
@@ -97,14 +96,32 @@ def run_of(config: Mapping[str, Any], directory: Path | None) -> RunDirectory | 
     return RunDirectory(max(found, key=lambda path: (path.name[:10], len(path.name), path.name))) if found else None
 
 
+def finished_runs() -> dict[str, Path]:
+    """Signature → the run under runs/ that was finished last with it."""
+    found: dict[str, tuple[str, Path]] = {}
+    for run in all_runs():
+        # A damaged folder is none to use again.
+        with suppress(RunError):
+            facts = read_json(run.path / "run.json")
+            if facts.get("status") == "finished":
+                each = (str(facts.get("finished")), run.path)
+                found[str(facts.get("signature"))] = max(each, found.get(str(facts.get("signature")), each))
+    return {signature: path for signature, (_, path) in found.items()}
+
+
+def all_runs() -> list[RunDirectory]:
+    """Every run under runs/, those of sweeps and comparisons too, in the order of their names."""
+    files = sorted(_ROOT.glob("**/run.json"))
+    return [RunDirectory(file.parent) for file in files if file.parts[1] != "latest"]
+
+
 def _newest() -> Path:
     started: dict[tuple[float, str], Path] = {}
-    for file in _ROOT.glob("**/run.json"):
+    for run in all_runs():
         # A damaged folder is none to go on with.
         with suppress(RunError, ValueError):
-            if file.parts[1] != "latest":
-                time = datetime.strptime(str(read_json(file).get("started")), "%Y-%m-%dT%H:%M:%S%z")
-                started[time.timestamp(), file.parent.as_posix()] = file.parent
+            time = datetime.strptime(str(read_json(run.path / "run.json").get("started")), "%Y-%m-%dT%H:%M:%S%z")
+            started[time.timestamp(), run.path.as_posix()] = run.path
     if not started:
         raise RunError("run=latest: no run under runs/ yet; lora train makes one")
     return started[max(started)]

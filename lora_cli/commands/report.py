@@ -1,0 +1,40 @@
+"""lora report: a run or a sweep in, one HTML page out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_cli.disk import write_atomic
+from lora_cli.errors import ConfigError, RunError
+from lora_cli.report_page import run_page, sweep_page
+from lora_cli.runs.directory import RunDirectory
+from lora_cli.runs.registry import find_run, is_bare_adapter
+from lora_cli.runs.sweep import find_sweep
+from lora_cli.screen import Screen
+from lora_cli.spec import ReportRun
+
+__all__ = ["run"]
+
+
+def run(spec: ReportRun, *, directory: Path | None = None, overrides: Sequence[str] = ()) -> None:
+    """Write the page that `spec` asks for, and say where it is.
+
+    Raises:
+        UserError: there is no such run or sweep, it is damaged, or the file would replace something else.
+    """
+    if spec.sweep is not None:
+        folder = find_sweep(spec.sweep)
+        text = sweep_page(folder)
+    else:
+        assert spec.run is not None
+        folder = find_run(spec.run)
+        if is_bare_adapter(folder):
+            raise RunError(f"{folder}: an adapter without its run; there is nothing to report")
+        RunDirectory(folder).check_plain()
+        text = run_page(RunDirectory(folder), spec.examples)
+    target = Path(spec.output) if spec.output else folder / "report.html"
+    if target.exists() and not target.read_bytes().startswith(b"<!doctype html>"):
+        raise ConfigError("output", str(target), "holds something else than a page; choose another file")
+    write_atomic(target, text)
+    Screen().line(str(target))

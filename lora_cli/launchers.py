@@ -1,0 +1,311 @@
+"""Hydra launchers of our own, which decide where the jobs of a sweep run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from omegaconf import open_dict
+
+from lora_cli import isolation
+from lora_cli.config import Job, compose, group_flags, to_plain
+from lora_cli.disk import open_plain
+from lora_cli.errors import ConfigError, LoraError, RunError, printable
+from lora_cli.reuse import is_current
+from lora_cli.runs.directory import RunDirectory, signature
+from lora_cli.runs.registry import finished_runs
+from lora_cli.runs.sweep import SweepJob, record
+from lora_cli.screen import Screen, significant
+from lora_cli.spec import TrainRun
+
+__all__ = ["Isolated", "run_here"]
+
+_LOOKS_S = 0.5
+"""How often the last line of a running job is read."""
+_TAIL_BYTES = 4096
+_KILLED = -9
+_NO_MEMORY = ("MemoryError", "bad_alloc")
+"""What Python and C++ say for themselves when there is too little left for a command's own words."""
+
+
+def run_here(job: Job) -> float | None:
+    """Train a job of a sweep in this process, as all launchers but ours have it; what becomes of it is noted.
+
+    Returns its metric, None if it failed: one job's failure costs the sweep that one job.
+    """
+    assert job.sweep is not None
+    assert job.sweep_number is not None
+    folder, noted = job.sweep, SweepJob(job.sweep_number, job.overrides, str(job.directory))
+    record(folder, replace(noted, status="running", pid=os.getpid()))
+    try:
+        spec: TrainRun = job.spec()
+        if spec.sweep.redo == "missing":
+            spec = replace(spec, resume="auto")
+        from lora_cli.commands import train
+
+        value = train.run(spec, directory=job.directory, overrides=job.overrides)
+    except KeyboardInterrupt as error:
+        record(folder, replace(noted, status="interrupted"))
+        raise type(error)("the same command does the rest") from error
+    except Exception as error:
+        why = str(error) if isinstance(error, LoraError) else f"{type(error).__name__}: {error}"
+        _failed(Screen(), folder, noted, why)
+        return None
+    record(folder, noted)
+    return value
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A point of the sweep whose configuration is good."""
+
+    noted: SweepJob
+    spec: TrainRun
+    words: tuple[str, ...]
+    """What `lora train` has to be told for it."""
+    folder: Path
+
+
+@dataclass
+class _Running:
+    job: _Job
+    process: BaseProcess
+    place: int
+    """Which of the `n_jobs` places it has."""
+    is_hopeless: bool = False
+    """It has been asked to stop."""
+
+    @property
+    def output(self) -> Path:
+        return self.job.folder / "output.txt"
+
+
+class Isolated(Launcher):
+    """Each job an ordinary `lora train` in a process of its own, which costs nobody else anything, however it ends.
+
+    The processes are forked from one that has done the imports, so each starts in milliseconds. `n_jobs` run at a time;
+    on a machine with several GPUs each has one for itself, on a CPU its share of the threads.
+    """
+
+    __module__ = "hydra_plugins.lora"  # Where Hydra finds it.
+
+    def __init__(self, n_jobs: int = 1) -> None:
+        if type(n_jobs) is not int or n_jobs < 1:
+            raise ConfigError("hydra.launcher.n_jobs", n_jobs, "a whole number, 1 or more")
+        self._n_jobs = n_jobs
+        self._screen = Screen()
+        self._config: Any = None
+        self._context: Any = None
+        self._shared: set[str] = set()
+        """Words that all jobs have."""
+        self.judge: Callable[[int, Path], bool] | None = None
+        """Tells of a running job, by its number and run folder, whether it is to be stopped as hopeless."""
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        """Hydra's way of handing over what it knows; the job function is not needed, each job is a command line."""
+        self._context, self._config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run these jobs to their end, and return each one's metric (None of one that failed) in their order."""
+        folder = Path(self._config.hydra.sweep.dir)
+        numbered = list(enumerate(job_overrides, initial_job_idx))
+        self._shared = set.intersection(*(set(overrides) for overrides in job_overrides))
+        total = f"{len(numbered)} jobs" if len(numbered) > 1 else "1 job"
+        self._screen.fact("sweep", f"{total}, {self._n_jobs} at a time, in {folder}")
+        found = finished_runs()
+        returned: dict[int, float | None] = {}
+        waiting: deque[_Job] = deque()
+        for number, overrides in numbered:
+            job = self._made(folder, number, overrides)
+            if job is None or self._is_found(job, found, returned):
+                continue
+            record(folder, replace(job.noted, status="waiting"))
+            waiting.append(job)
+        self._run(folder, waiting, returned)
+        return [_returned(overrides, returned.get(number)) for number, overrides in numbered]
+
+    def _made(self, folder: Path, number: int, overrides: Sequence[str]) -> _Job | None:
+        """The job; None if its configuration is not valid, which has been told and noted then."""
+        own = [word for word in overrides if not word.lstrip("+~").startswith(("hydra.", "hydra/"))]
+        noted = SweepJob(number, tuple(own))
+        try:
+            spec: TrainRun = compose("train", own)
+        except LoraError as error:
+            _failed(self._screen, folder, noted, str(error), self._shared)
+            return None
+        resume = () if spec.sweep.redo == "all" else ("resume=auto",)
+        path = folder / self._subdir(number, overrides)
+        own += [*resume, *self._share(spec)]
+        return _Job(replace(noted, run=str(path)), spec, (*group_flags(), *own, f"hydra.run.dir={path}"), path)
+
+    def _subdir(self, number: int, overrides: Sequence[str]) -> str:
+        config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = number
+        return str(config.hydra.sweep.subdir)
+
+    def _share(self, spec: TrainRun) -> list[str]:
+        """A job's threads, where several share the processor."""
+        if self._n_jobs == 1 or spec.device.threads is not None:
+            return []
+        return [f"device.threads={max(1, len(os.sched_getaffinity(0)) // self._n_jobs)}"]
+
+    def _is_found(self, job: _Job, found: Mapping[str, Path], returned: dict[int, float | None]) -> bool:
+        """Whether the same configuration has been trained on the same rows before; noted then."""
+        kept = found.get(signature(to_plain(job.spec)))
+        if kept is None or job.spec.sweep.redo == "all":
+            return False
+        try:
+            if not is_current(RunDirectory(kept), job.spec):
+                return False
+        except LoraError:
+            return False  # The job itself tells what is wrong with the rows.
+        returned[job.noted.number] = value = _metric(kept, job.spec)
+        record(job.folder.parent, replace(job.noted, run=str(kept), status="found"))
+        where = "" if kept == job.folder else f" in {kept}"
+        self._screen.fact(
+            _number(job.noted), f"{_title(job.noted, self._shared)}: {_reached(job.spec, value)}, found{where}"
+        )
+        return True
+
+    def _run(self, folder: Path, waiting: deque[_Job], returned: dict[int, float | None]) -> None:
+        running: list[_Running] = []
+        try:
+            while waiting or running:
+                while waiting and len(running) < self._n_jobs:
+                    running.append(self._started(folder, waiting.popleft(), running))
+                ended = wait([each.process.sentinel for each in running], timeout=_LOOKS_S)
+                for each in [each for each in running if each.process.sentinel in ended]:
+                    running.remove(each)
+                    self._ended(folder, each, returned)
+                for each in running:
+                    if (
+                        self.judge is not None
+                        and not each.is_hopeless
+                        and self.judge(each.job.noted.number, each.job.folder)
+                    ):
+                        each.is_hopeless = True
+                        each.process.terminate()
+                self._screen.running([f"{_number(each.job.noted)} {_last_line(each.output)}" for each in running])
+        except BaseException as error:
+            self._screen.running([])
+            for each in running:
+                each.process.terminate()
+            _join(running)
+            for each in running:
+                record(folder, replace(each.job.noted, status="interrupted"))
+            if isinstance(error, KeyboardInterrupt):
+                raise type(error)("the same command does the rest") from error
+            raise
+        finally:
+            self._screen.running([])
+
+    def _started(self, folder: Path, job: _Job, running: Sequence[_Running]) -> _Running:
+        place = min(set(range(self._n_jobs)) - {each.place for each in running})
+        job.folder.mkdir(parents=True, exist_ok=True)
+        output = job.folder / "output.txt"
+        with output.open("a", encoding="utf-8") as file:
+            file.write(f"$ lora train {shlex.join(job.words)}\n")
+        streams = [Path(os.devnull), output, output]
+        process = isolation.start(["train", *job.words], streams=streams, environ=self._card(job.spec, place))
+        record(folder, replace(job.noted, status="running", pid=process.pid))
+        self._screen.fact(_number(job.noted), f"{_title(job.noted, self._shared)}: in {job.folder}")
+        return _Running(job, process, place)
+
+    def _card(self, spec: TrainRun, place: int) -> dict[str, str]:
+        """Environment by which a job sees one GPU only, where several run at once."""
+        if self._n_jobs == 1 or spec.device.name == "cpu":
+            return {}
+        from lora_cli.engine.device import one_card
+
+        return one_card(place)
+
+    def _ended(self, folder: Path, each: _Running, returned: dict[int, float | None]) -> None:
+        each.process.join()
+        noted, code = each.job.noted, each.process.exitcode
+        if code != 0 and each.is_hopeless:
+            record(folder, replace(noted, status="pruned"))
+            self._screen.fact(
+                _number(noted), f"{_title(noted, self._shared)}: stopped early, as others were better by then"
+            )
+            return
+        if code != 0:
+            _failed(self._screen, folder, noted, _why(code, each.output), self._shared)
+            return
+        try:
+            returned[noted.number] = value = _metric(each.job.folder, each.job.spec)
+        except RunError as error:
+            _failed(self._screen, folder, noted, str(error), self._shared)
+            return
+        record(folder, noted)
+        self._screen.fact(_number(noted), f"{_title(noted, self._shared)}: {_reached(each.job.spec, value)}")
+
+
+def _failed(screen: Screen, folder: Path, noted: SweepJob, error: str, shared: Collection[str] = ()) -> None:
+    record(folder, replace(noted, status="failed", error=error))
+    screen.warning(f"job {noted.number} ({_title(noted, shared)}) failed: {error}")
+
+
+def _title(noted: SweepJob, shared: Collection[str]) -> str:
+    """What makes the job another than those beside it."""
+    return " ".join(word for word in noted.overrides if word not in shared) or "as it is"
+
+
+def _returned(overrides: Sequence[str], value: float | None) -> JobReturn:
+    # Never as failed: Hydra would raise, and hide what the other jobs reached.
+    return JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=value)
+
+
+def _metric(path: Path, spec: TrainRun) -> float | None:
+    metrics = RunDirectory(path).facts()["metrics"]
+    value: float | None = metrics.get(spec.task.split, {}).get(spec.task.metrics[0])
+    return value
+
+
+def _reached(spec: TrainRun, value: float | None) -> str:
+    return f"{spec.task.split}/{spec.task.metrics[0]} {significant(value)}"
+
+
+def _number(noted: SweepJob) -> str:
+    return f"job {noted.number}"
+
+
+def _why(code: int | None, output: Path) -> str:
+    """What ended a process, in words."""
+    line = _last_line(output).removeprefix("lora train: ")
+    if any(sign in line for sign in _NO_MEMORY):
+        return f"out of memory ({line})"
+    if code is not None and code < 0:
+        hint = ", as the system does when memory runs out" if code == _KILLED else ""
+        return f"killed by signal {-code}{hint}"
+    return line or f"exit code {code}"
+
+
+def _last_line(output: Path) -> str:
+    """The last whole line that a job has said."""
+    with suppress(RunError, OSError), open_plain(output, RunError) as file:
+        file.seek(max(0, output.stat().st_size - _TAIL_BYTES))
+        lines = file.read(_TAIL_BYTES).decode(errors="replace").splitlines()
+        return printable(lines[-1], 250) if lines else ""
+    return ""
+
+
+def _join(running: Sequence[_Running]) -> None:
+    """Wait for processes that were asked to save and end; interrupted again, ask again, which they obey at once."""
+    try:
+        for each in running:
+            each.process.join()
+    except BaseException:
+        for each in running:
+            each.process.terminate()
+        raise

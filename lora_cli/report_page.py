@@ -1,0 +1,279 @@
+"""A run, or a sweep, as an HTML page: what was reached, what it cost, how it came about, how to get it again."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lora_cli import page
+from lora_cli.comparison_view import seconds, size
+from lora_cli.errors import RunError
+from lora_cli.page import Html
+from lora_cli.runs.difference import read_metrics
+from lora_cli.runs.directory import RunDirectory, read_saved_config, result_keys
+from lora_cli.runs.leaderboard import Board, Configuration, boards
+from lora_cli.runs.predictions import read_predictions
+from lora_cli.runs.sweep import DONE, SweepJob, read_command, read_jobs
+from lora_cli.screen import significant
+from lora_cli.spec import LOSS_DOWNWARDS
+from lora_cli.xy_plot import xy_plot
+
+__all__ = ["run_page", "sweep_page"]
+
+_MAX_LABELS = 30
+"""Rows of a confusion matrix that can be read."""
+_MAX_AXES = 3
+"""Swept keys of which every two make a heat map."""
+_MAX_CURVES = 40
+
+
+def run_page(run: RunDirectory, examples: int) -> str:
+    """The page of one run, finished or not.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    facts, config = run.facts(), read_saved_config(run.path)
+    title = f"{config['task']['name']} with {config['model']['name']}"
+    parts = [page.paragraph(f"{run.path.name} · {facts['status']} · {facts.get('started', '')}", quiet=True)]
+    if facts.get("error"):
+        parts.append(page.paragraph(f"It ended early: {facts['error']}"))
+    parts.append(_results(facts))
+    parts += _curves(run)
+    with suppress(RunError):
+        parts += _answers(run, config, facts, examples)
+    parts += [_trained(facts), _cost(facts), _again(run, facts), _setting(config, facts)]
+    return page.document(title, parts)
+
+
+def sweep_page(folder: Path) -> str:
+    """The page of a sweep, with what has finished of it."""
+    jobs = read_jobs(folder)
+    found = boards(jobs)
+    done = sum(job.status in ("finished", "found") for job in jobs)
+    parts = [page.paragraph(f"{folder.name} · {done} of {len(jobs)} jobs finished", quiet=True)]
+    for board in found:
+        parts += _board(board)
+    if missing := [job for job in jobs if job.status not in DONE]:
+        parts.append(page.section("Not finished", _missing(missing)))
+    words = read_command(folder)
+    if words:
+        what = page.paragraph("The same command leaves what is finished alone and trains the rest.", quiet=True)
+        parts.append(page.section("Made by", page.command(words), what))
+    return page.document(f"Sweep over {_axes_named(found)}", parts)
+
+
+def _results(facts: Mapping[str, Any]) -> Html:
+    rows = [
+        (f"{split}/{name}", significant(value, 4))
+        for split, metrics in facts.get("metrics", {}).items()
+        for name, value in metrics.items()
+    ]
+    return page.section("Results", page.table(["metric", "value"], rows) if rows else page.paragraph("none yet"))
+
+
+def _curves(run: RunDirectory) -> list[Html]:
+    """The loss, and every figure of the validation split, over the steps."""
+    try:
+        rows = read_metrics(run.path)
+    except RunError:
+        return []
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
+    losses = {name: _series(rows, name) for name in names if name.endswith("/loss")}
+    parts = [Html(xy_plot(losses, x_label="step", y_label="loss"))] if any(losses.values()) else []
+    for name in names:
+        if name.startswith("validation/") and not name.endswith("/loss"):
+            parts.append(Html(xy_plot({name: _series(rows, name)}, x_label="step", y_label=name)))
+    return [page.section("While it trained", *parts)] if parts else []
+
+
+def _series(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+
+
+def _answers(run: RunDirectory, config: Mapping[str, Any], facts: Mapping[str, Any], examples: int) -> list[Html]:
+    split = config["task"]["split"]
+    rows = read_predictions(run, split)
+    labels = facts.get("labels")
+    if labels:
+        wrong = [row for row in rows if row.get("label") != row.get("prediction")]
+        surest = sorted(wrong, key=lambda row: -_number(row.get("probability")))[:examples]
+        cells = [(row.get("index"), row.get("label"), row.get("prediction"), _share(row)) for row in surest]
+        parts = [_confusion(rows, labels)] if len(labels) <= _MAX_LABELS else []
+        if cells:
+            parts.append(page.paragraph(f"{len(wrong):,} of {len(rows):,} are wrong; those it was surest of:"))
+            parts.append(page.table(["row", "label", "prediction", "probability"], cells))
+        return [page.section(f"Predictions, {split}", *parts)]
+    if config["task"]["kind"] == "classification":
+        values = [(_number(row.get("label")), _number(row.get("prediction"))) for row in rows]
+        plot = xy_plot({"rows": values}, x_label="label", y_label="prediction", dots=True)
+        return [page.section(f"Predictions, {split}", Html(plot))]
+    names = [name for name in rows[0] if name != "index"]
+    texts = [[_joined(row.get(name)) for name in ("index", *names)] for row in rows[:examples]]
+    return [page.section(f"Written texts, {split}", page.table(["row", *names], texts, numbers=False))]
+
+
+def _confusion(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Html:
+    counts = Counter((row.get("label"), row.get("prediction")) for row in rows)
+    table = []
+    for label in labels:
+        total = sum(counts[label, said] for said in labels)
+        cells = [(str(counts[label, said] or ""), counts[label, said] / max(total, 1)) for said in labels]
+        table.append((label, cells))
+    return page.heat_map(["label \\ prediction", *labels], table)
+
+
+def _trained(facts: Mapping[str, Any]) -> Html:
+    rows = [(row["pattern"], row["layers"], f"{row['parameters']:,}") for row in facts.get("targets", [])]
+    rows += [(f"{name} (whole)", 1, "") for name in facts.get("trained_whole", [])]
+    counts = facts.get("parameters", {})
+    share = page.paragraph("")
+    if counts.get("total"):
+        trainable, total = counts["trainable"], counts["total"]
+        share = page.paragraph(f"{trainable:,} of {total:,} parameters train: {trainable / total:.2%}.")
+    return page.section("What was trained", share, page.table(["layers", "how many", "parameters"], rows))
+
+
+def _cost(facts: Mapping[str, Any]) -> Html:
+    cost = facts.get("cost", {})
+    shown = [
+        ("training", seconds(cost["train_s"]) if "train_s" in cost else None),
+        ("in all", seconds(cost["wall_s"]) if "wall_s" in cost else None),
+        ("rows/s", significant(cost.get("rows_per_s"))),
+        ("tokens/s", significant(cost.get("tokens_per_s"))),
+        ("peak memory", size(cost["peak_memory_mib"] * 2**20) if "peak_memory_mib" in cost else None),
+        ("device", facts.get("device")),
+    ]
+    return page.section("What it cost", page.facts((name, value) for name, value in shown if value is not None))
+
+
+def _again(run: RunDirectory, facts: Mapping[str, Any]) -> Html:
+    """The command for every number."""
+    own = shlex.quote(f"run={run.path}")
+    lines = [f"lora train {shlex.join(run.overrides())}".strip()]
+    for split in facts.get("metrics", {}):
+        lines.append(f"lora eval {own} task.split={split}")
+    lines += [f"lora verify {own}", f"lora rerun {own}"]
+    return page.section("The same numbers again", page.command(*lines))
+
+
+def _setting(config: Mapping[str, Any], facts: Mapping[str, Any]) -> Html:
+    keys = page.facts(result_keys(config).items())
+    known = {f"{split}, fingerprint of its rows": each["fingerprint"] for split, each in facts.get("data", {}).items()}
+    known["base model, fingerprint"] = facts.get("base", {}).get("fingerprint", "")
+    known |= {f"version of {name}": version for name, version in facts.get("versions", {}).items()}
+    return page.section(
+        "Configuration and environment",
+        page.section("every key that changes results", keys, folded=True),
+        page.section("data, base model, versions", page.facts(known.items()), folded=True),
+    )
+
+
+def _board(board: Board) -> list[Html]:
+    figure = f"{board.split}/{board.metric}"
+    heads = ["configuration", figure, "95 % interval", "seeds", "p", "McNemar", "trains", "on disk", "memory", "time"]
+    rows = [_row(row, first=row is board.rows[0]) for row in board.rows]
+    said = [page.paragraph(sentence) for sentence in board.sentences]
+    note = "p: paired bootstrap over rows and seeds against the first. * no other is as good, as small and as fast."
+    parts = [
+        page.section(
+            f"{board.task}: {figure}", page.table(heads, rows, best=True), page.paragraph(note, quiet=True), *said
+        )
+    ]
+    for name, label, log in (("trainable", "parameters that train", True), ("train_s", "training time, s", False)):
+        points = {row.title: [(row.costs[name], row.mean)] for row in board.rows if row.mean is not None}
+        if len({point for each in points.values() for point, _ in each}) > 1:
+            plot = xy_plot(points, x_label=label, y_label=figure, dots=True, log_x=log)
+            parts.append(page.section(f"{figure} against {label}", Html(plot)))
+    parts += _heat_maps(board, figure)
+    curves = {row.title or "as it is": _mean_curve(row, board.metric) for row in board.rows[:_MAX_CURVES]}
+    if any(curves.values()):
+        plot = xy_plot(curves, x_label="step", y_label=f"validation/{board.metric}")
+        parts.append(page.section("While they trained (mean over seeds)", Html(plot)))
+    return parts
+
+
+def _row(row: Configuration, *, first: bool) -> list[object]:
+    low, high = row.interval or (None, None)
+    costs = row.costs
+    return [
+        f"{row.title or 'as it is'}{' *' if row.on_front else ''}",
+        significant(row.mean, 4),
+        "–" if low is None else f"{significant(low, 4)} to {significant(high, 4)}",
+        len(row.values),
+        "" if first else significant(row.p, 2),
+        "" if first else significant(row.p_mcnemar, 2),
+        f"{costs['trainable']:,.0f}",
+        size(costs["adapter_bytes"]),
+        size(costs["peak_memory_mib"] * 2**20),
+        seconds(costs["train_s"]),
+    ]
+
+
+def _mean_curve(row: Configuration, metric: str) -> list[tuple[float, float]]:
+    found: dict[float, list[float]] = {}
+    for path in row.runs:
+        with suppress(RunError):
+            for step, value in _series(read_metrics(Path(path)), f"validation/{metric}"):
+                found.setdefault(step, []).append(value)
+    return [(step, fmean(values)) for step, values in sorted(found.items())]
+
+
+def _heat_maps(board: Board, figure: str) -> list[Html]:
+    """For every two swept keys the mean metric of each pair of values, over all others."""
+    axes = list(dict.fromkeys(key for row in board.rows for key in row.keys))[:_MAX_AXES]
+    parts = []
+    for down, across in combinations(axes, 2):
+        cells: dict[tuple[str, str], list[float]] = {}
+        for row in board.rows:
+            if row.mean is not None and down in row.keys and across in row.keys:
+                cells.setdefault((row.keys[down], row.keys[across]), []).append(row.mean)
+        means = {pair: fmean(values) for pair, values in cells.items()}
+        if len(means) < 2:
+            continue
+        least, most = min(means.values()), max(means.values())
+        table = []
+        for value in dict.fromkeys(pair[0] for pair in means):
+            line = []
+            for other in dict.fromkeys(pair[1] for pair in means):
+                mean = means.get((value, other))
+                line.append(
+                    ("–", 0.0) if mean is None else (significant(mean, 4), _strength(mean, least, most, board.metric))
+                )
+            table.append((f"{down}={value}", line))
+        heads = ["", *(f"{across}={value}" for value in dict.fromkeys(pair[1] for pair in means))]
+        parts.append(page.section(f"{figure} by {down} and {across}", page.heat_map(heads, table)))
+    return parts
+
+
+def _strength(value: float, least: float, most: float, metric: str) -> float:
+    share = (value - least) / (most - least) if most > least else 1.0
+    return 1 - share if metric in LOSS_DOWNWARDS else share
+
+
+def _missing(jobs: Sequence[SweepJob]) -> Html:
+    rows = [(job.number, " ".join(job.overrides), job.status, job.error or "") for job in jobs]
+    return page.table(["job", "configuration", "status", "why"], rows, numbers=False)
+
+
+def _axes_named(found: Sequence[Board]) -> str:
+    keys = list(dict.fromkeys(key for board in found for row in board.rows for key in row.keys))
+    return ", ".join(keys) or "seeds"
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    return significant(row["probability"]) if isinstance(row.get("probability"), int | float) else ""
+
+
+def _joined(value: object) -> object:
+    return " / ".join(map(str, value)) if isinstance(value, list) else value

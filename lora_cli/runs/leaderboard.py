@@ -1,0 +1,266 @@
+"""The configurations of a sweep, best first: what each reached over its seeds, what it cost, what can be believed."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from lora_cli.disk import defused, write_atomic
+from lora_cli.errors import RunError
+from lora_cli.runs.directory import RunDirectory, read_saved_config, write_json
+from lora_cli.runs.predictions import as_answers, read_predictions
+from lora_cli.runs.statistics import RESAMPLED, Answers, interval, mcnemar, paired_bootstrap
+from lora_cli.runs.sweep import SweepJob
+from lora_cli.spec import LOSS_DOWNWARDS
+
+__all__ = ["ALPHA", "Board", "Configuration", "boards", "write_leaderboard"]
+
+ALPHA = 0.05
+"""Below this p a difference counts as shown."""
+_SEEDS = ("seed", "train.init_seed", "train.data_seed", "train.dropout_seed")
+_COSTS = ("train_s", "rows_per_s", "peak_memory_mib")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A finished job of a sweep."""
+
+    keys: Mapping[str, str]
+    seed: str
+    path: str
+    goal: tuple[str, str, str, str]
+    """task, metric, split, fingerprint of the split's rows: what may be put side by side."""
+    value: float | None
+    costs: Mapping[str, float]
+    answers: Answers | None
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One configuration over its seeds."""
+
+    keys: Mapping[str, str]
+    """The keys that are not the same in all of the sweep, with their values, as they were typed."""
+    seeds: tuple[str, ...]
+    runs: tuple[str, ...]
+    values: tuple[float, ...]
+    """The metric of each seed that has one."""
+    costs: Mapping[str, float]
+    """Means over the seeds: trainable (parameters), adapter_bytes, train_s, rows_per_s, peak_memory_mib."""
+    p: float | None = None
+    """Paired bootstrap against the best; None of the best itself, and where predictions cannot be drawn again."""
+    p_mcnemar: float | None = None
+    """McNemar against the best, on the first seed that both have; None where rows are neither right nor wrong."""
+    on_front: bool = False
+    """No other is at least as good with as few parameters and as little time, and better in one of them."""
+
+    @property
+    def title(self) -> str:
+        """Its keys and values; "" of the only configuration of a sweep over seeds."""
+        return _title(self.keys)
+
+    @property
+    def mean(self) -> float | None:
+        """Of the metric over the seeds."""
+        return fmean(self.values) if self.values else None
+
+    @property
+    def stdev(self) -> float | None:
+        """Standard deviation of the sample over the seeds; None of fewer than two."""
+        return stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Student's 95 % interval of the mean over seeds; None of fewer than two."""
+        return interval(self.values)
+
+
+@dataclass(frozen=True)
+class Board:
+    """Configurations of one task, scored by the same metric on the same rows, best first."""
+
+    task: str
+    metric: str
+    split: str
+    rows: Sequence[Configuration] = field(default_factory=list)
+
+    @property
+    def sentences(self) -> list[str]:
+        """What the tests allow to say of the best beside each other one, in words."""
+        best, *others = self.rows
+        return [said for other in others if (said := _said(best, other))]
+
+
+def boards(jobs: Sequence[SweepJob]) -> list[Board]:
+    """A board for each task of a sweep, in the order of its jobs; a job whose run cannot be read counts as missing."""
+    swept = _swept(jobs)
+    runs: dict[tuple[str, str, str, str], list[_Run]] = {}
+    for job, keys in zip(jobs, swept, strict=True):
+        if job.run is not None and job.status in ("finished", "found"):
+            with suppress(RunError, KeyError, OSError):
+                run = _read(Path(job.run), keys)
+                runs.setdefault(run.goal, []).append(run)
+    return [_board(goal, found) for goal, found in runs.items()]
+
+
+def write_leaderboard(folder: Path, found: Sequence[Board]) -> None:
+    """leaderboard.json with everything, leaderboard.csv with a line a configuration."""
+    tables: list[dict[str, Any]] = []
+    flat: list[dict[str, Any]] = []
+    for board in found:
+        facts = {"task": board.task, "split": board.split, "metric": board.metric}
+        rows = [_plain(row) for row in board.rows]
+        tables.append({**facts, "configurations": rows, "sentences": board.sentences})
+        flat += [{**facts, **_flat(row)} for row in rows]
+    write_json(folder / "leaderboard.json", {"boards": tables})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: defused(value) for name, value in row.items()} for row in flat)
+    write_atomic(folder / "leaderboard.csv", text.getvalue())
+
+
+def _swept(jobs: Sequence[SweepJob]) -> list[dict[str, str]]:
+    """For each job the overrides in which it differs from others, seeds apart."""
+    parted = [dict(word.lstrip("+~").partition("=")[::2] for word in job.overrides) for job in jobs]
+    keys = dict.fromkeys(key for words in parted for key in words if key not in _SEEDS)
+    swept = [key for key in keys if len({words.get(key) for words in parted}) > 1]
+    return [{key: words[key] for key in swept if key in words} for words in parted]
+
+
+def _title(keys: Mapping[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in keys.items())
+
+
+def _read(path: Path, keys: Mapping[str, str]) -> _Run:
+    run, config = RunDirectory(path), read_saved_config(path)
+    facts = run.facts()
+    metric, split = str(config["task"]["metrics"][0]), str(config["task"]["split"])
+    costs = {name: float(facts["cost"][name]) for name in _COSTS}
+    costs["trainable"] = float(facts["parameters"]["trainable"])
+    costs["adapter_bytes"] = float(sum(file.stat().st_size for file in run.adapter.glob("*.safetensors")))
+    goal = (str(config["task"]["name"]), metric, split, str(facts["data"][split]["fingerprint"]))
+    own = {key: config["train"].get(key.removeprefix("train.")) for key in _SEEDS[1:]}
+    seed = " ".join([str(config["seed"]), *(f"{key}={value}" for key, value in own.items() if value is not None)])
+    answers = _answers(run, split, facts["labels"]) if metric in RESAMPLED else None
+    return _Run(keys, seed, str(path), goal, facts["metrics"][split].get(metric), costs, answers)
+
+
+def _answers(run: RunDirectory, split: str, labels: Sequence[str] | None) -> Answers | None:
+    """The kept predictions; None if they cannot be used."""
+    with suppress(RunError):
+        return as_answers(read_predictions(run, split), labels)
+    return None
+
+
+def _board(goal: tuple[str, str, str, str], runs: Sequence[_Run]) -> Board:
+    task, metric, split, _ = goal
+    titled: dict[str, dict[str, _Run]] = {}
+    for run in runs:
+        # The same configuration twice, as a search may try it, counts once.
+        titled.setdefault(_title(run.keys), {}).setdefault(run.seed, run)
+    downwards = metric in LOSS_DOWNWARDS
+    rows = [_configuration(list(by_seed.values())) for by_seed in titled.values()]
+
+    def rank(row: Configuration) -> tuple[bool, float, float]:
+        mean = row.mean
+        return (mean is None, 0.0 if mean is None else mean if downwards else -mean, row.costs["trainable"])
+
+    rows.sort(key=rank)
+    best, *others = rows
+    tested = [_tested(metric, row, best, titled) for row in others]
+    front = [
+        dataclasses.replace(row, on_front=_is_on_front(row, [best, *tested], downwards)) for row in [best, *tested]
+    ]
+    return Board(task, metric, split, front)
+
+
+def _configuration(runs: Sequence[_Run]) -> Configuration:
+    costs = {name: fmean(run.costs[name] for run in runs) for name in runs[0].costs}
+    values = tuple(run.value for run in runs if run.value is not None)
+    return Configuration(runs[0].keys, tuple(run.seed for run in runs), tuple(run.path for run in runs), values, costs)
+
+
+def _tested(
+    metric: str, row: Configuration, best: Configuration, titled: Mapping[str, Mapping[str, _Run]]
+) -> Configuration:
+    """`row` with its tests against the best."""
+    ours, theirs = titled[row.title], titled[best.title]
+    shared = [seed for seed in ours if seed in theirs]
+    paired = bool(shared) and len(shared) == len(ours) == len(theirs)
+    order = shared if paired else list(ours)
+    mine = [ours[seed].answers for seed in order]
+    other = [theirs[seed].answers for seed in (shared if paired else theirs)]
+    known_mine = [answers for answers in mine if answers is not None]
+    known_other = [answers for answers in other if answers is not None]
+    if len(known_mine) < len(mine) or len(known_other) < len(other) or not row.values or not best.values:
+        return row
+    p_mcnemar = None
+    if metric in ("accuracy", "f1", "macro_f1", "matthews"):
+        first = ours[shared[0]].answers if shared else known_mine[0]
+        against = theirs[shared[0]].answers if shared else known_other[0]
+        assert first is not None
+        assert against is not None
+        p_mcnemar = mcnemar(first, against)
+    p = paired_bootstrap(metric, known_mine, known_other, paired=paired)
+    return dataclasses.replace(row, p=p, p_mcnemar=p_mcnemar)
+
+
+def _is_on_front(row: Configuration, rows: Sequence[Configuration], downwards: bool) -> bool:
+    """Pareto's front of metric, parameters and time."""
+    if row.mean is None:
+        return False
+    sign = 1 if downwards else -1
+
+    def coordinates(each: Configuration) -> tuple[float, float, float] | None:
+        return None if each.mean is None else (sign * each.mean, each.costs["trainable"], each.costs["train_s"])
+
+    own = coordinates(row)
+    assert own is not None
+    for other in rows:
+        theirs = coordinates(other)
+        if theirs is not None and theirs != own and all(a <= b for a, b in zip(theirs, own, strict=True)):
+            return False
+    return True
+
+
+def _said(best: Configuration, other: Configuration) -> str | None:
+    if other.p is None or best.mean is None or other.mean is None:
+        return None
+    shown = f"p = {other.p:.2g}" if other.p >= 0.001 else "p < 0.001"
+    if other.p < ALPHA:
+        return f"{other.title} is worse than {best.title} ({shown})"
+    said = f"{other.title} is not significantly worse than {best.title} ({shown})"
+    ratio = best.costs["trainable"] / max(other.costs["trainable"], 1)
+    return f"{said} and {ratio:.2g}× smaller" if ratio >= 1.5 else said
+
+
+def _plain(row: Configuration) -> dict[str, Any]:
+    return {
+        "title": row.title,
+        **dataclasses.asdict(row),
+        "mean": row.mean,
+        "stdev": row.stdev,
+        "interval": row.interval,
+    }
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """One line of the csv: no lists."""
+    low, high = row["interval"] or (None, None)
+    names = ("title", "mean", "stdev", "p", "p_mcnemar", "on_front")
+    return {
+        **{name: row[name] for name in names},
+        "low": low,
+        "high": high,
+        "seeds": len(row["values"]),
+        **row["costs"],
+        "runs": " ".join(row["runs"]),
+    }

@@ -1,0 +1,102 @@
+"""The end of a sweep as a person sees it: what failed and why, the leaderboard, what it allows to say."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from lora_cli.comparison_view import seconds, size
+from lora_cli.disk import write_atomic
+from lora_cli.errors import printable
+from lora_cli.report_page import sweep_page
+from lora_cli.runs.leaderboard import Board, Configuration, boards, write_leaderboard
+from lora_cli.runs.sweep import DONE, SweepJob, read_jobs, write_command
+from lora_cli.screen import Screen, count, significant
+
+__all__ = ["conclude"]
+
+_MAX_SENTENCES = 8
+_LEGEND = "; p: paired bootstrap against the first; * no other is as good, as small and as fast"
+
+
+def conclude(folder: Path, command: str, screen: Screen) -> bool:
+    """Show how the sweep in `folder` ended and write its leaderboard and page there.
+
+    `command` is the line that made it. Returns whether every job is finished.
+    """
+    jobs = read_jobs(folder)
+    if jobs:
+        write_command(folder, command)
+    found = boards(jobs)
+    if found:
+        write_leaderboard(folder, found)
+        write_atomic(folder / "report.html", sweep_page(folder))
+    for board in found:
+        screen.show(_leaderboard(board, several=len(found) > 1))
+        screen.line(f"{board.split}/{board.metric}{_LEGEND if len(board.rows) > 1 else ''}")
+        said = board.sentences
+        screen.line("".join(f"\n{sentence}" for sentence in said[:_MAX_SENTENCES]))
+        if len(said) > _MAX_SENTENCES:
+            screen.line(f"and {len(said) - _MAX_SENTENCES} more in leaderboard.json")
+    if found:
+        screen.line(f"\n{folder}\nleaderboard.json, leaderboard.csv, report.html")
+    missing = [job for job in jobs if job.status not in DONE]
+    if missing:
+        done = len(jobs) - len(missing)
+        screen.warning(f"{len(missing)} of {len(jobs)} jobs have not finished; the same command trains these only")
+        screen.note(_missing(missing, set.intersection(*(set(job.overrides) for job in jobs))))
+        if done and not found:
+            screen.warning("no finished run can be read")
+    return not missing
+
+
+def _leaderboard(board: Board, *, several: bool) -> Table:
+    title = f"{board.task}: " if several else ""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("", no_wrap=True)
+    table.add_column(escape(f"{title}configuration"), overflow="fold")
+    for head in (board.metric, "seeds", "p", "trains", "on disk", "memory", "time"):
+        table.add_column(escape(head), justify="right", no_wrap=True)
+    for rank, row in enumerate(board.rows, 1):
+        costs = row.costs
+        table.add_row(
+            f"{rank}{' *' if row.on_front else ''}",
+            escape(printable(row.title, 80)) or "as it is",
+            _value(row),
+            str(len(row.values)),
+            "" if rank == 1 else _p(row.p),
+            count(costs["trainable"]),
+            size(costs["adapter_bytes"]),
+            size(costs["peak_memory_mib"] * 2**20),
+            seconds(costs["train_s"]),
+            style="bold" if rank == 1 else "",
+        )
+    return table
+
+
+def _value(row: Configuration) -> str:
+    if row.interval is None or row.mean is None:
+        return significant(row.mean)
+    low, high = row.interval
+    return f"{significant(row.mean)} ± {significant((high - low) / 2)}"
+
+
+def _p(p: float | None) -> str:
+    return "–" if p is None else "<0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def _missing(jobs: Sequence[SweepJob], shared: Collection[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for head in ("job", "configuration", "why"):
+        table.add_column(head, justify="right" if head == "job" else "left")
+    for job in jobs:
+        why = job.error or job.status
+        table.add_row(
+            str(job.number),
+            escape(printable(" ".join(word for word in job.overrides if word not in shared), 60)),
+            escape(printable(why, 200)),
+        )
+    return table
