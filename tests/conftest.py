@@ -6,13 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import forked as forking
+from faults.matrix import MATRIX
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,14 +36,29 @@ class Answer:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-wheel", action="store_true", help="build the wheel and try it in an empty environment")
-    parser.addoption("--faults", action="store_true", help="run the slow tests too, as make faults does")
+    parser.addoption("--faults", action="store_true", help="run the fault table's tests and the slow ones: make faults")
     parser.addoption("--kills", type=int, default=100, help="how often the chaos test kills its training")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    # Tests that do not say how many examples they want: fewer at every change than with all the faults.
+    settings.register_profile("quick", max_examples=30)
+    settings.load_profile("default" if config.getoption("--faults") else "quick")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--faults"):
+        kept = [item for item in items if item.get_closest_marker("slow") or _is_of_the_table(item.nodeid)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+        return
     for item in items:
-        if item.get_closest_marker("slow") and not config.getoption("--faults"):
+        if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="make faults runs it"))
+
+
+def _is_of_the_table(test: str) -> bool:
+    return test.partition("[")[0] in {named.partition("[")[0] for row in MATRIX for named in row.tests}
 
 
 @pytest.fixture(scope="session")

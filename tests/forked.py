@@ -45,6 +45,39 @@ def run(
     return subprocess.CompletedProcess(list(words), process.exitcode, out, err)
 
 
+class Started:
+    """`lora WORDS` that runs in the folder `cwd` while a test does something to it, as subprocess.Popen has it."""
+
+    def __init__(self, words: Sequence[str], cwd: Path, harm: Callable[[], object] | None = None) -> None:
+        self._folder = TemporaryDirectory()
+        self._streams = [Path(self._folder.name) / stream for stream in ("in", "out", "err")]
+        for stream in self._streams:
+            stream.touch()
+        environ = {**os.environ, "COLUMNS": "120"}
+        self._process = isolation.forks().Process(target=_harmed, args=(harm, words, self._streams, cwd, environ))
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code; None while it runs."""
+        return self._process.exitcode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Nothing happens if it has ended."""
+        if self._process.exitcode is None:
+            os.kill(self._process.pid, number)
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Wait for its end: what it has written to stdout and stderr."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise subprocess.TimeoutExpired("lora", timeout)
+        _, out, err = (stream.read_text(encoding="utf-8") for stream in self._streams)
+        self._folder.cleanup()
+        return out, err
+
+
 def _harmed(
     harm: Callable[[], object] | None,
     words: Sequence[str],

@@ -6,8 +6,6 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 
 from commands.conftest import FILMS, TINY, contents, read_jsonl, write_csv, write_films
 from commands.test_writing import SMALL, write_things
+from forked import Started
 
 LONG = (
     *TINY,
@@ -28,26 +27,18 @@ LONG = (
 """72 steps in 3 epochs, with both kinds of dropout."""
 
 
-def start(home: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "lora_cli", "train", *LONG, "hydra.run.dir=run", *words],
-        cwd=home,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=dict(os.environ),
-    )
+def start(home: Path, *words: str) -> Started:
+    return Started(["train", *LONG, "hydra.run.dir=run", *words], home)
 
 
 def newest_step(home: Path) -> int:
     return max((int(path.name[5:]) for path in home.glob("run/checkpoints/step-*")), default=0)
 
 
-def stop_after(process: subprocess.Popen[str], home: Path, step: int, how: signal.Signals) -> tuple[str, str]:
+def stop_after(process: Started, home: Path, step: int, how: signal.Signals) -> tuple[str, str]:
     """Send `how` as soon as a checkpoint of `step` or later is there; returns stdout and stderr."""
     deadline = time.monotonic() + 100
-    while newest_step(home) < step and process.poll() is None and time.monotonic() < deadline:
+    while newest_step(home) < step and process.returncode is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(how)
     return process.communicate(timeout=60)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from commands.conftest import FILMS, TINY, contents, write_films
+from lora_cli.runs.sweep import read_jobs
 
 WORDS = ("train", *TINY, *FILMS, "train.max_steps=6", "train.eval_every=2", "train.log_every=3", "hydra.run.dir=run")
 SIGNALS = [
@@ -17,6 +18,8 @@ SIGNALS = [
     (signal.SIGTERM, 143, "terminated"),
     (signal.SIGUSR1, 143, "terminated"),
 ]
+ENDS_S = 10
+"""From the signal to the end."""
 TWICE_S = 0.2
 """Between two signals that are not the same one heard twice."""
 
@@ -54,9 +57,16 @@ MOMENTS = [
 def test_a_signal_at_any_moment_keeps_the_step_and_the_end_is_the_same(
     name, number, step, unscored, whole, films, call, before
 ) -> None:
-    before(name, number, lambda: signal.raise_signal(signal.SIGTERM))
+    came: list[float] = []
+
+    def ask() -> None:
+        came.append(time.monotonic())
+        signal.raise_signal(signal.SIGTERM)
+
+    before(name, number, ask)
     answer = call(*WORDS)
     assert answer.code == 143, "row 46"
+    assert time.monotonic() - came[0] < ENDS_S
     assert answer.err.splitlines()[-1] == "lora train: terminated; lora resume run=run continues it"
     assert json.loads(Path("run/run.json").read_text())["status"] == "interrupted"
     progress = newest_progress()
@@ -113,16 +123,15 @@ def test_a_signal_that_is_ignored_stays_ignored(films, call, before) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_stops_as_a_whole_and_its_rest_is_done_by_the_line_it_says(films, call, before) -> None:
-    words = (*(word for word in WORDS if "hydra" not in word), "-m", "seed=1,2,3", "hydra.sweep.dir=runs/mine")
+def test_a_sweep_in_one_process_stops_as_a_whole_and_the_same_words_do_the_rest(films, call, before) -> None:
+    own = (word for word in WORDS if "hydra" not in word)
+    words = (*own, "-m", "seed=1,2,3", "hydra/launcher=basic", "hydra.sweep.dir=runs/mine")
     before("engine.train:forward", 8, lambda: signal.raise_signal(signal.SIGTERM))
     answer = call(*words)
     assert answer.code == 143, "row 72"
-    ended = "terminated; the same words with resume=auto hydra.sweep.dir=runs/mine do the rest"
-    assert answer.err.splitlines()[-1] == f"lora train: {ended}"
-    statuses = [json.loads(file.read_text())["status"] for file in sorted(Path("runs/mine").glob("*/run.json"))]
-    assert statuses == ["finished", "interrupted"]
-    answer = call(*words, "resume=auto")
+    assert answer.err.splitlines()[-1] == "lora train: terminated; the same command does the rest"
+    assert [job.status for job in read_jobs(Path("runs/mine"))] == ["finished", "interrupted"]
+    answer = call(*words)
     assert answer.code == 0
     assert answer.err.count("resumes") == 1
     assert len(list(Path("runs/mine").glob("*/adapter"))) == 3

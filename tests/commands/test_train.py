@@ -115,10 +115,10 @@ def test_a_second_run_of_the_same_command_gets_a_folder_of_its_own(films, call):
 def test_a_sweep_goes_on_after_a_bad_job(films, call):
     answer = call("train", *TINY, *FILMS, "train.max_steps=2", "-m", "lora.r=2,0,4")
     assert answer.code == 1
-    (sweep,) = Path("runs").glob("*_sweep")
+    (sweep,) = Path("runs").glob("*_sweep_r_*")
     assert sorted(path.parent.name for path in sweep.glob("*/run.json")) == ["0", "2"]
     assert all(json.loads(file.read_text())["status"] == "finished" for file in sweep.glob("*/run.json"))
-    assert "1 jobs of the sweep failed" in answer.err
+    assert "1 of 3 jobs have not finished" in answer.err
     assert "lora.r=0: a whole number" in answer.err.splitlines()[-1]
 
 

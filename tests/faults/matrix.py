@@ -16,6 +16,8 @@ GONE = f"{DATA}test_data_that_is_not_there_is_refused[row-"
 ODD = f"{DATA}test_odd_texts_are_trained_on_and_counted"
 SAVED = "tests/commands/test_eval.py::test_a_damaged_run_is_refused["
 RESUME = "tests/commands/test_resume.py::"
+STOP = "tests/commands/test_stop.py::"
+SWEEP = "tests/commands/test_sweep.py::"
 DISKS = "tests/faults/test_disks.py::"
 ROWS = "tests/faults/test_rows.py::"
 ADAPTER = "tests/nn/test_adapter.py::"
@@ -161,6 +163,9 @@ MATRIX = _rows(
         "SIGINT, SIGTERM",
         f"{RESUME}test_a_killed_training_resumes_and_an_interrupted_one_says_one_line",
         "tests/commands/test_signals_and_pipes.py::test_sigterm_ends_a_training_like_ctrl_c_and_it_can_be_continued",
+        f"{STOP}test_a_signal_at_any_moment_keeps_the_step_and_the_end_is_the_same",
+        f"{STOP}test_each_signal_has_its_exit_code",
+        f"{STOP}test_a_second_signal_does_not_wait",
     ),
     (
         "no reader, no terminal, no HOME, LANG=C",
@@ -223,11 +228,15 @@ MATRIX = _rows(
     ("SIGTERM while serving", SERVER),
     ("no token, a wrong one", SERVER),
     ("the address it listens on", SERVER),
-    ("a job of a sweep fails", "tests/commands/test_train.py::test_a_sweep_goes_on_after_a_bad_job"),
+    (
+        "a job of a sweep fails",
+        f"{SWEEP}test_a_bad_rank_a_kill_and_lack_of_memory_cost_one_job_each",
+        "tests/commands/test_train.py::test_a_sweep_goes_on_after_a_bad_job",
+    ),
     (
         "a sweep is stopped",
+        f"{SWEEP}test_a_sweep_that_is_stopped_saves_says_what_is_done_and_the_same_words_do_the_rest",
         "tests/commands/test_compare.py::test_a_comparison_that_is_stopped_stops_its_training_and_goes_on_later",
-        "of a plain sweep (-m): no leaderboard yet",
     ),
     ("a rank dies", DISTRIBUTED),
     ("resuming with another number of ranks", DISTRIBUTED),
