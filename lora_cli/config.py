@@ -10,7 +10,8 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def launch(
     sys.argv = [f"lora {verb}", *prepare(words, VERBS[verb])]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise where it would print and exit with 1
     try:
-        with unless_empty(sweep, besides="multirun.yaml"):
+        with unless_empty(sweep, besides="multirun.yaml"), _composed_once(words):
             hydra_main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(task_function)()
     except (LoraError, MemoryError):
         raise
@@ -227,6 +228,24 @@ def explain(error: Exception, verb: str) -> UserError:
             options = ", ".join(group_options(group, sys.argv))
             return ConfigError(group, value, f"needs a name: one of {options}")
     return UserError(printable(text or type(error).__name__, 280))
+
+
+@contextmanager
+def _composed_once(words: Sequence[str]) -> Iterator[None]:
+    """Spare Hydra to compose everything twice: the first time is only to learn hydra.mode, which no file of ours sets.
+    That is half of the time from the words to the config.
+    """
+    from hydra._internal.hydra import Hydra
+
+    if any("hydra.mode" in word for word in words) or config_dirs(words) or Path("conf").is_dir():
+        yield
+        return
+    get_mode = Hydra.get_mode
+    Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Hydra.get_mode = get_mode  # type: ignore[method-assign]
 
 
 def _folders(words: Sequence[str]) -> list[Path]:

@@ -65,11 +65,9 @@ def _metrics(ours: RunDirectory, theirs: RunDirectory) -> Table:
 
 
 def _shown(value: float | None, sign: str = "") -> str:
-    return (
-        f"{value:{sign},}"
-        if isinstance(value, int)
-        else f"{'+' * bool(sign and value and value > 0)}{significant(value, 4)}"
-    )
+    if isinstance(value, int):
+        return f"{value:{sign},}"
+    return f"{sign if (value or 0) > 0 else ''}{significant(value, 4)}"
 
 
 def _figures(facts: Mapping[str, Any]) -> dict[str, float | None]:

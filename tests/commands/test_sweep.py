@@ -184,6 +184,23 @@ def test_a_group_swept_over_is_named_as_it_was_typed(films: Path, call) -> None:
     assert sweep_folder().name[10:22] == "_sweep_lora_"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_launchers_of_others_run_the_same_sweep_to_the_same_bits(launcher: str, films: Path, call) -> None:
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
+    theirs = call(*SHORT, "lora.r=2,0,4", f"hydra/launcher={launcher}", "hydra.sweep.dir=theirs")
+    assert theirs.code == 1
+    assert "1 of 3 jobs have not finished" in theirs.err
+    assert statuses(Path("theirs")) == ["finished", "failed", "finished"]
+    ours = call(*SHORT, "lora.r=2,0,4", "hydra.sweep.dir=ours", "sweep.redo=all")
+    assert ours.code == 1
+    for number in "02":
+        assert contents(Path("theirs", number)) == contents(Path("ours", number))
+    again = call(*SHORT, "lora.r=2,0,4", f"hydra/launcher={launcher}", "hydra.sweep.dir=theirs")
+    assert again.code == 1
+    assert statuses(Path("theirs")) == ["finished", "failed", "finished"]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -1,0 +1,75 @@
+"""Pages in a real browser: they render, nothing is complained of, nothing is asked for. Needs Debian's chromium."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from commands.conftest import FILMS, TINY, write_films
+from conftest import Completed
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--enable-logging=stderr",
+)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory, forked) -> dict[str, Path]:
+    """The pages of a run and of a sweep over two keys."""
+    home = tmp_path_factory.mktemp("pages")
+    write_films(home)
+    short = ("train", *TINY, *FILMS, "train.max_steps=12", "train.eval_every=3", "train.log_every=2")
+    done: Completed = forked(*short, "-m", "lora.r=2,4", "lora=lora,dora", "hydra.sweep.dir=sweep", cwd=home)
+    assert done.returncode == 0, done.stderr
+    done = forked("report", "run=sweep/0", cwd=home)
+    assert done.returncode == 0, done.stderr
+    return {"run": home / "sweep" / "0" / "report.html", "sweep": home / "sweep" / "report.html"}
+
+
+def browse(page: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    profile = f"--user-data-dir={page.parent / 'profile'}"
+    words = [str(CHROMIUM), *FLAGS, profile, *flags, page.as_uri()]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+
+
+@pytest.mark.parametrize("name", ["run", "sweep"])
+def test_a_page_renders_without_a_complaint(name: str, pages) -> None:
+    shown = browse(pages[name], "--dump-dom")
+    assert not re.findall(r"CONSOLE.*", shown.stderr)
+    assert "<h2>" in shown.stdout
+    assert "<polyline" in shown.stdout
+
+
+@pytest.mark.parametrize("name", ["run", "sweep"])
+def test_a_page_asks_for_nothing_but_itself(name: str, pages, tmp_path: Path) -> None:
+    log = tmp_path / "net.json"
+    browse(pages[name], "--dump-dom", f"--log-net-log={log}")
+    events = json.loads(log.read_text())["events"]
+    asked = {event["params"]["url"] for event in events if "url" in event.get("params", {})}
+    assert pages[name].as_uri() in asked, "the log is of this page"
+    # What the browser does for itself has an initiator of its own.
+    assert not {url for url in asked if not url.startswith(("file:", "data:"))}
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("name", ["run", "sweep"])
+def test_a_page_fits_a_phone_and_a_desk(name: str, width: int, pages, tmp_path: Path) -> None:
+    """No part is wider than the window, but for tables, which scroll in a box of their own."""
+    probe = tmp_path / "probe.html"
+    script = "document.title = Math.max(0, ...[...f.contentDocument.body.children].map(e => e.scrollWidth))"
+    frame = f'<iframe id=f src="{pages[name].as_uri()}" width={width} height=900 onload="{script}"></iframe>'
+    probe.write_text(f"<!doctype html><title>none</title>{frame}")
+    shown = browse(probe, "--dump-dom", "--allow-file-access-from-files", "--virtual-time-budget=5000")
+    (title,) = re.findall(r"<title>(.*?)</title>", shown.stdout)
+    assert 0 < int(title) <= width
