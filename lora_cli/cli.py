@@ -16,7 +16,7 @@ from typing import Any
 
 from lora_cli import __version__
 from lora_cli.errors import ConfigError, LoraError, UserError, nearest, printable
-from lora_cli.process import Terminated, outlive_readers, signals_and_warnings
+from lora_cli.process import Terminated, outlive_readers, say_anything, signals_and_warnings
 from lora_cli.spec import BASE_KEYS, VERBS, ResumeRun, nested_specs
 from lora_cli.words import is_sweep, sweep_folder, value_of
 
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     verb = words[0] if words and not words[0].startswith("-") else ""
+    say_anything()
     # A training goes on when nobody reads its lines any more.
     outlive_readers("stderr", *(["stdout"] if verb not in _ANSWERING_VERBS else []))
     with signals_and_warnings(f"lora {verb}" if verb in VERBS else "lora"):

@@ -27,7 +27,7 @@ pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px
   white-space: pre-wrap; margin: 8px 0; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; margin: 8px 0; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; white-space: nowrap; } td.number, th.number { text-align: right; }
+th { font-weight: 600; white-space: nowrap; } td.number, th.number { text-align: right; white-space: nowrap; }
 .heat td { text-align: center; padding: 5px 9px; border: 1px solid var(--paper); } tr.first td { font-weight: 600; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 20px; margin: 8px 0; }
 dt { color: var(--quiet); } dd { margin: 0; } details { margin: 8px 0; } summary { cursor: pointer; }
@@ -42,7 +42,7 @@ _COLOURED = "".join(
     f".legend i.c{n} {{ background: var(--c{n}); }}\n"
     for n in range(8)
 )
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
 class Html(str):

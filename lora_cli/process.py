@@ -26,6 +26,7 @@ __all__ = [
     "hurry",
     "leave",
     "outlive_readers",
+    "say_anything",
     "settle_down",
     "signals_and_warnings",
 ]
@@ -151,6 +152,13 @@ def leave(code: int) -> NoReturn:
     except BrokenPipeError:
         pass  # As Python's own end would complain.
     os._exit(code)
+
+
+def say_anything() -> None:
+    """Let the process write what its terminal's encoding lacks (LANG=C) as escapes, as Python itself complains."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream in (sys.__stdout__, sys.__stderr__):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def outlive_readers(*names: str) -> None:

@@ -20,7 +20,7 @@ from lora_cli.runs.directory import RunDirectory, read_saved_config, result_keys
 from lora_cli.runs.leaderboard import Board, Configuration, boards
 from lora_cli.runs.predictions import read_predictions
 from lora_cli.runs.sweep import DONE, SweepJob, read_command, read_jobs
-from lora_cli.screen import significant
+from lora_cli.screen import count, significant
 from lora_cli.spec import LOSS_DOWNWARDS
 from lora_cli.xy_plot import xy_plot
 
@@ -108,7 +108,7 @@ def _answers(run: RunDirectory, config: Mapping[str, Any], facts: Mapping[str, A
         parts = [_confusion(rows, labels)] if len(labels) <= _MAX_LABELS else []
         if cells:
             parts.append(page.paragraph(f"{len(wrong):,} of {len(rows):,} are wrong; those it was surest of:"))
-            parts.append(page.table(["row", "label", "prediction", "probability"], cells))
+            parts.append(page.table(["row", "label", "prediction", "probability"], cells, numbers=False))
         return [page.section(f"Predictions, {split}", *parts)]
     if config["task"]["kind"] == "classification":
         values = [(_number(row.get("label")), _number(row.get("prediction"))) for row in rows]
@@ -145,8 +145,7 @@ def _cost(facts: Mapping[str, Any]) -> Html:
     shown = [
         ("training", seconds(cost["train_s"]) if "train_s" in cost else None),
         ("in all", seconds(cost["wall_s"]) if "wall_s" in cost else None),
-        ("rows/s", significant(cost.get("rows_per_s"))),
-        ("tokens/s", significant(cost.get("tokens_per_s"))),
+        *((f"{name}/s", count(cost[f"{name}_per_s"])) for name in ("rows", "tokens") if f"{name}_per_s" in cost),
         ("peak memory", size(cost["peak_memory_mib"] * 2**20) if "peak_memory_mib" in cost else None),
         ("device", facts.get("device")),
     ]

@@ -61,7 +61,7 @@ def test_foreign_text_is_shown_as_it_is_without_what_turns_it_around() -> None:
 def test_the_page_forbids_itself_scripts_and_the_network() -> None:
     found = parsed(everything("a"))
     (policy,) = [attrs["content"] for tag, attrs in found.tags if attrs.get("http-equiv") == "Content-Security-Policy"]
-    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'")
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
     assert not [attrs for _, attrs in found.tags if "src" in attrs]
     assert [attrs["href"] for _, attrs in found.tags if "href" in attrs] == ["data:,"], "no icon is asked for"
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in found.tags

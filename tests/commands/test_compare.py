@@ -87,21 +87,20 @@ def test_the_table_the_files_and_the_plot_say_what_the_runs_say(compared: Compar
     assert len(list(image.iter("{http://www.w3.org/2000/svg}circle"))) == 4 * 4
 
 
-def test_what_is_finished_is_used_again_and_a_failure_is_told(
-    compared: Compared, forked: Callable[..., Completed]
-) -> None:
+def test_what_is_finished_is_used_again_and_a_failure_is_told(compared: Compared, call, monkeypatch) -> None:
     (compared.home / "conf" / "lora").mkdir(parents=True)
     (compared.home / "conf" / "lora" / "lost.yaml").write_text(NOWHERE)
     words = ("compare.methods=[lost,lora]", "compare.seeds=[2]")
-    answer = forked("compare", *WORDS, *words, cwd=compared.home)
-    assert answer.returncode == 1
-    assert f"lora, seed 2, found in {compared.path.relative_to(compared.home)}/lora_seed2" in answer.stderr
-    assert "1 of 2 trainings failed, the first of them lost, seed 2: " in answer.stderr.splitlines()[-1]
-    assert "nowhere" in answer.stderr.splitlines()[-1]
-    methods = answer.stdout.splitlines()[2:4]
+    monkeypatch.chdir(compared.home)
+    answer = call("compare", *WORDS, *words)
+    assert answer.code == 1
+    assert f"lora, seed 2, found in {compared.path.relative_to(compared.home)}/lora_seed2" in answer.err
+    assert "1 of 2 trainings failed, the first of them lost, seed 2: " in answer.err.splitlines()[-1]
+    assert "nowhere" in answer.err.splitlines()[-1]
+    methods = answer.out.splitlines()[2:4]
     assert methods[0].startswith("lost (0 of 1 seeds)")
     assert methods[1].startswith("lora  ")
-    folder = next(line for line in answer.stdout.splitlines() if line.startswith("runs/"))
+    folder = next(line for line in answer.out.splitlines() if line.startswith("runs/"))
     first, second = json.loads((compared.home / folder / "compare.json").read_text())["rows"]
     assert (first["reused"], second["reused"]) == (False, True)
     assert "nowhere" in first["error"]
@@ -110,18 +109,17 @@ def test_what_is_finished_is_used_again_and_a_failure_is_told(
     assert output.read_text().startswith("$ lora train ")
 
 
-def test_a_finished_training_on_rows_that_have_changed_is_refused(
-    compared: Compared, forked: Callable[..., Completed]
-) -> None:
+def test_a_finished_training_on_rows_that_have_changed_is_refused(compared: Compared, call, monkeypatch) -> None:
+    monkeypatch.chdir(compared.home)
     file = compared.home / "train.csv"
     before = file.read_text()
     file.write_text(before.replace("train 0", "train zero"))
     try:
-        answer = forked("compare", *WORDS, "compare.methods=[lora]", "compare.seeds=[1]", cwd=compared.home)
+        answer = call("compare", *WORDS, "compare.methods=[lora]", "compare.seeds=[1]")
     finally:
         file.write_text(before)
-    assert answer.returncode == 1
-    assert "finished on other data, train changed since" in answer.stderr.splitlines()[-1]
+    assert answer.code == 1
+    assert "finished on other data, train changed since" in answer.err.splitlines()[-1]
 
 
 def test_a_comparison_that_is_stopped_stops_its_training_and_goes_on_later(films: Path, call) -> None:

@@ -202,6 +202,7 @@ def test_an_adapter_that_says_nonsense_of_its_base_is_refused(at_home: Path, cal
     assert "\x1b" not in answer.err
 
 
+@pytest.mark.slow
 def test_minilm_learns_in_4_bits_on_one_thread(scratch: Path, call: Callable[..., object]) -> None:
     words = ("task=support_intents", "model=minilm", "train.batch_size=8", "train.lr=2e-3", "train.head_lr=1e-2")
     limits = ("task.data.train_limit=32", "task.data.validation_limit=8", "train.max_steps=24", "train.eval_every=24")

@@ -22,6 +22,7 @@ def tried() -> list[dict[str, str]]:
     return [dict(word.split("=", 1) for word in job.overrides) for job in read_jobs(sweep_folder())]
 
 
+@pytest.mark.slow
 def test_a_search_tries_so_many_and_more_only_if_more_are_asked_for(films: Path, call) -> None:
     open_keys = ("lora.r=2,4", "train.lr=tag(log,interval(1e-4,1e-2))", "lora.alpha=int(interval(4,16))")
     answer = call(*SEARCH, *open_keys, "hydra.sweeper.trials=3")

@@ -58,11 +58,13 @@ def test_help_without_a_reader_ends_quietly(words: list[str], tmp_path: Path) ->
     assert (answer.returncode, answer.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 def test_infer_without_a_reader_ends_quietly(finished: Finished) -> None:
     answer = without_a_reader("infer", "run=latest", "input=test.csv", cwd=finished.home, streams="stdout")
     assert (answer.returncode, answer.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 def test_a_warning_of_python_is_one_line(finished: Finished, films: Path) -> None:
     adapter = shutil.copytree(finished.path / "adapter", films / "adapter")
     config = json.loads((adapter / "adapter_config.json").read_text())

@@ -141,6 +141,7 @@ def test_several_at_a_time_share_the_processor(films: Path, call) -> None:
         assert f"device.threads={share} " in (sweep_folder() / number / "output.txt").read_text()
 
 
+@pytest.mark.slow
 def test_what_another_sweep_has_trained_is_used_unless_its_rows_have_changed(films: Path, call) -> None:
     assert call(*SHORT, "seed=1").code == 0
     first = sweep_folder()

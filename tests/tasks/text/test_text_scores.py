@@ -107,6 +107,7 @@ def test_importing_the_table_loads_no_heavy_library():
     assert done.stdout.strip() == "set()"
 
 
+@pytest.mark.slow
 @pytest.mark.mirror
 def test_all_measures_of_the_e2e_test_set_take_seconds(e2e_scored):
     began = time.process_time()
