@@ -120,14 +120,14 @@ class Isolated(Launcher):
         folder = Path(self._config.hydra.sweep.dir)
         numbered = list(enumerate(job_overrides, initial_job_idx))
         self._shared = set.intersection(*(set(overrides) for overrides in job_overrides))
-        total = f"{len(numbered)} jobs" if len(numbered) > 1 else "1 job"
-        self._screen.fact("sweep", f"{total}, {self._n_jobs} at a time, in {folder}")
+        if len(numbered) > 1:  # A search asks for them one by one.
+            self._screen.fact("sweep", f"{len(numbered)} jobs, {self._n_jobs} at a time, in {folder}")
         found = finished_runs()
         returned: dict[int, float | None] = {}
         waiting: deque[_Job] = deque()
         for number, overrides in numbered:
             job = self._made(folder, number, overrides)
-            if job is None or self._is_found(job, found, returned):
+            if job is None or self._is_found(folder, job, found, returned):
                 continue
             record(folder, replace(job.noted, status="waiting"))
             waiting.append(job)
@@ -160,7 +160,7 @@ class Isolated(Launcher):
             return []
         return [f"device.threads={max(1, len(os.sched_getaffinity(0)) // self._n_jobs)}"]
 
-    def _is_found(self, job: _Job, found: Mapping[str, Path], returned: dict[int, float | None]) -> bool:
+    def _is_found(self, folder: Path, job: _Job, found: Mapping[str, Path], returned: dict[int, float | None]) -> bool:
         """Whether the same configuration has been trained on the same rows before; noted then."""
         kept = found.get(signature(to_plain(job.spec)))
         if kept is None or job.spec.sweep.redo == "all":
@@ -171,7 +171,7 @@ class Isolated(Launcher):
         except LoraError:
             return False  # The job itself tells what is wrong with the rows.
         returned[job.noted.number] = value = _metric(kept, job.spec)
-        record(job.folder.parent, replace(job.noted, run=str(kept), status="found"))
+        record(folder, replace(job.noted, run=str(kept), status="found"))
         where = "" if kept == job.folder else f" in {kept}"
         self._screen.fact(
             _number(job.noted), f"{_title(job.noted, self._shared)}: {_reached(job.spec, value)}, found{where}"
@@ -183,17 +183,13 @@ class Isolated(Launcher):
         try:
             while waiting or running:
                 while waiting and len(running) < self._n_jobs:
-                    running.append(self._started(folder, waiting.popleft(), running))
+                    self._start(folder, waiting.popleft(), running)
                 ended = wait([each.process.sentinel for each in running], timeout=_LOOKS_S)
                 for each in [each for each in running if each.process.sentinel in ended]:
                     running.remove(each)
                     self._ended(folder, each, returned)
-                for each in running:
-                    if (
-                        self.judge is not None
-                        and not each.is_hopeless
-                        and self.judge(each.job.noted.number, each.job.folder)
-                    ):
+                for each in [each for each in running if not each.is_hopeless]:
+                    if self.judge is not None and self.judge(each.job.noted.number, each.job.folder):
                         each.is_hopeless = True
                         each.process.terminate()
                 self._screen.running([f"{_number(each.job.noted)} {_last_line(each.output)}" for each in running])
@@ -210,7 +206,7 @@ class Isolated(Launcher):
         finally:
             self._screen.running([])
 
-    def _started(self, folder: Path, job: _Job, running: Sequence[_Running]) -> _Running:
+    def _start(self, folder: Path, job: _Job, running: list[_Running]) -> None:
         place = min(set(range(self._n_jobs)) - {each.place for each in running})
         job.folder.mkdir(parents=True, exist_ok=True)
         output = job.folder / "output.txt"
@@ -218,9 +214,10 @@ class Isolated(Launcher):
             file.write(f"$ lora train {shlex.join(job.words)}\n")
         streams = [Path(os.devnull), output, output]
         process = isolation.start(["train", *job.words], streams=streams, environ=self._card(job.spec, place))
+        # At once, so that whatever interrupts what follows finds it among those to be stopped.
+        running.append(_Running(job, process, place))
         record(folder, replace(job.noted, status="running", pid=process.pid))
         self._screen.fact(_number(job.noted), f"{_title(job.noted, self._shared)}: in {job.folder}")
-        return _Running(job, process, place)
 
     def _card(self, spec: TrainRun, place: int) -> dict[str, str]:
         """Environment by which a job sees one GPU only, where several run at once."""

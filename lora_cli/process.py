@@ -34,6 +34,8 @@ __all__ = [
 T = TypeVar("T")
 _SELDOM = (200_000, 50, 1000)
 """Thresholds of the garbage collector while a command starts."""
+_usual: list[tuple[int, int, int]] = []
+"""Those before, in a command that starts."""
 _TERMINATING = (signal.SIGTERM, signal.SIGUSR1)
 _ECHO_S = 0.1
 """A scheduler signals the process and its group: one that comes so soon after the first is the same one."""
@@ -128,14 +130,15 @@ def hurry() -> None:
     """Until `settle_down`, hardly look for garbage: imports make a million objects that stay, and going through them
     again and again took a sixth of a command's start.
     """
+    _usual.append(gc.get_threshold())
     gc.set_threshold(*_SELDOM)
 
 
 def settle_down() -> None:
     """After `hurry`, once what stays is there: look for garbage as usual, but not among that any more."""
-    if gc.get_threshold() == _SELDOM:
+    if _usual:
         gc.freeze()
-        gc.set_threshold(700, 10, 10)
+        gc.set_threshold(*_usual.pop())
 
 
 def leave(code: int) -> NoReturn:
