@@ -171,7 +171,8 @@ def plot(document: Mapping[str, Any]) -> str:
 
 
 def _ends(points: Sequence[Point], measure: str, factor: float) -> str:
-    return ", ".join(f"{points[end][measure] * factor:,.4g}" for end in (0, -1))
+    ends = (points[end][measure] * factor for end in (0, -1))
+    return ", ".join(f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for value in ends)
 
 
 def _write(file: Path, rows: int, length: int, seed: int) -> None:

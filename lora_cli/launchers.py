@@ -1,4 +1,7 @@
-"""Hydra launchers of our own, which decide where the jobs of a sweep run."""
+"""Hydra launchers of our own, which decide where the jobs of a sweep run.
+
+Hydra imports its plug-ins with every command, so what only a sweep needs is imported late.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,6 @@ from lora_cli import isolation
 from lora_cli.config import Job, compose, group_flags, to_plain
 from lora_cli.disk import open_plain
 from lora_cli.errors import ConfigError, LoraError, RunError, printable
-from lora_cli.reuse import is_current
 from lora_cli.runs.directory import RunDirectory, signature
 from lora_cli.runs.registry import finished_runs
 from lora_cli.runs.sweep import SweepJob, record
@@ -162,6 +164,8 @@ class Isolated(Launcher):
 
     def _is_found(self, folder: Path, job: _Job, found: Mapping[str, Path], returned: dict[int, float | None]) -> bool:
         """Whether the same configuration has been trained on the same rows before; noted then."""
+        from lora_cli.reuse import is_current
+
         kept = found.get(signature(to_plain(job.spec)))
         if kept is None or job.spec.sweep.redo == "all":
             return False
