@@ -69,7 +69,10 @@ def chaos(home: Path, kills: int, seed: int = 0) -> Chaos:
     started = time.monotonic()
     while True:
         attempts += 1
-        life = rng.uniform(0.2 * start_s, start_s + 0.5) if killed < kills else None
+        # One that is further than its kills dies young, or it would end before it has had them all: a machine that had
+        # much to do while the start was timed starts quicker later.
+        longest = 0.4 * start_s if reached / steps > killed / kills else start_s + 0.5
+        life = rng.uniform(0.05 * start_s, longest) if killed < kills else None
         done = forked.run([*words, "hydra.run.dir=run"], home, kill_after_s=life)
         if found := re.search(r"from step (\d+)", done.stderr):
             again += max(0, reached - int(found[1]))
