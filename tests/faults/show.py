@@ -54,6 +54,8 @@ def main(words: list[str]) -> int:
         table.add_row(str(row.number), escape(row.case), escape(verdict))
     console.print(table)
     console.print(_costs(cases))
+    for said in (each.get("value") for case in cases for each in case.iter("property") if each.get("name") == "chaos"):
+        console.print(f"chaos: {said}")
     return 1 if code or any(verdict.startswith(("FAILED", "not run")) for verdict in verdicts) else 0
 
 
