@@ -35,7 +35,8 @@ __all__ = ["Isolated", "run_here"]
 _LOOKS_S = 0.5
 """How often the last line of a running job is read."""
 _TAIL_BYTES = 4096
-_KILLED = -9
+_HINTS = {-9: ", as the system does when memory runs out", -6: ", as compiled code does when memory runs out"}
+"""Exit code of a killed process → what it mostly means."""
 _NO_MEMORY = ("MemoryError", "bad_alloc")
 """What Python and C++ say for themselves when there is too little left for a command's own words."""
 
@@ -287,8 +288,7 @@ def _why(code: int | None, output: Path) -> str:
     if any(sign in line for sign in _NO_MEMORY):
         return f"out of memory ({line})"
     if code is not None and code < 0:
-        hint = ", as the system does when memory runs out" if code == _KILLED else ""
-        return f"killed by signal {-code}{hint}"
+        return f"killed by signal {-code}{_HINTS.get(code, '')}"
     return line or f"exit code {code}"
 
 

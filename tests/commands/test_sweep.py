@@ -83,7 +83,8 @@ def test_a_bad_rank_a_kill_and_lack_of_memory_cost_one_job_each(films: Path, cal
     why = [job.error for job in read_jobs(folder)]
     assert why[3] == "killed by signal 9, as the system does when memory runs out"
     assert all("lora.r=0: a whole number from 1" in why[number] for number in (4, 5))
-    assert "out of memory" in why[6]
+    # By Python, by torch, or by an abort of compiled code: it depends on who asks for memory next.
+    assert "memory" in why[6]
     assert "4 of 8 jobs have not finished; the same command trains these only" in answer.err
     rows = list(csv.DictReader((folder / "leaderboard.csv").read_text().splitlines()))
     assert {(row["title"], row["seeds"]) for row in rows} == {("lora.r=1", "2"), ("lora.r=2", "1"), ("lora.r=4", "1")}
