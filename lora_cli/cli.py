@@ -70,7 +70,8 @@ def _answer(verb: str, words: list[str]) -> int:
         _debug()
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             return _complain(verb, _OUT_OF_MEMORY, 1)
-        return _complain(verb, _internal(error), 1)
+        text = f"internal error: {type(error).__name__}: {error} (LORA_DEBUG=1 shows the traceback)"
+        return _complain(verb, text, 1)
 
 
 def _dispatch(verb: str, words: list[str]) -> int:
@@ -227,10 +228,6 @@ def _complete(words: list[str]) -> int:
         saved = {}
     config.complete(verb, words, saved)
     return 0
-
-
-def _internal(error: Exception) -> str:
-    return f"internal error: {type(error).__name__}: {error} (LORA_DEBUG=1 shows the traceback)"
 
 
 def _complain(verb: str, text: str, code: int) -> int:

@@ -9,13 +9,20 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-__all__ = ["forks", "obey", "settle", "start"]
+from lora_cli.disk import open_plain
+from lora_cli.errors import UserError, printable
+
+__all__ = ["forks", "last_line", "obey", "settle", "start", "start_logged"]
+
+_TAIL_BYTES = 4096
 
 
 def start(words: Sequence[str], *, streams: Sequence[Path], environ: Mapping[str, str] | None = None) -> BaseProcess:
@@ -29,6 +36,23 @@ def start(words: Sequence[str], *, streams: Sequence[Path], environ: Mapping[str
     process = forks().Process(target=_become, args=(words, streams, *here))
     process.start()
     return process
+
+
+def start_logged(
+    verb: str, words: Sequence[str], output: Path, *, environ: Mapping[str, str] | None = None
+) -> BaseProcess:
+    """`lora VERB WORDS` as `start` has it; the words, and then what it says, are added to the file `output`."""
+    with output.open("a", encoding="utf-8") as file:
+        file.write(f"$ lora {verb} {shlex.join(words)}\n")
+    return start([verb, *words], streams=[Path(os.devnull), output, output], environ=environ)
+
+
+def last_line(output: Path) -> str:
+    """The last line that a command has said to `output` so far; "" if none can be read."""
+    with suppress(UserError, OSError), open_plain(output, UserError) as file:
+        file.seek(max(0, output.stat().st_size - _TAIL_BYTES))
+        return printable(file.read(_TAIL_BYTES).decode(errors="replace").strip().rpartition("\n")[2], 250)
+    return ""
 
 
 def forks() -> ForkServerContext:

@@ -6,10 +6,8 @@ Hydra imports its plug-ins with every command, so what only a sweep needs is imp
 from __future__ import annotations
 
 import os
-import shlex
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -22,19 +20,18 @@ from omegaconf import open_dict
 
 from lora_cli import isolation
 from lora_cli.config import Job, compose, group_flags, to_plain
-from lora_cli.disk import open_plain
-from lora_cli.errors import ConfigError, LoraError, RunError, printable
+from lora_cli.errors import ConfigError, LoraError, RunError
 from lora_cli.runs.directory import RunDirectory, signature
 from lora_cli.runs.registry import finished_runs
 from lora_cli.runs.sweep import SweepJob, record
 from lora_cli.screen import Screen, significant
 from lora_cli.spec import TrainRun
+from lora_cli.words import without_hydras
 
 __all__ = ["Isolated", "run_here"]
 
 _LOOKS_S = 0.5
 """How often the last line of a running job is read."""
-_TAIL_BYTES = 4096
 _HINTS = {-9: ", as the system does when memory runs out", -6: ", as compiled code does when memory runs out"}
 """Exit code of a killed process → what it mostly means."""
 _NO_MEMORY = ("MemoryError", "bad_alloc")
@@ -139,7 +136,7 @@ class Isolated(Launcher):
 
     def _made(self, folder: Path, number: int, overrides: Sequence[str]) -> _Job | None:
         """The job; None if its configuration is not valid, which has been told and noted then."""
-        own = [word for word in overrides if not word.lstrip("+~").startswith(("hydra.", "hydra/"))]
+        own = without_hydras(overrides)
         noted = SweepJob(number, tuple(own))
         try:
             spec: TrainRun = compose("train", own)
@@ -197,7 +194,9 @@ class Isolated(Launcher):
                     if self.judge is not None and self.judge(each.job.noted.number, each.job.folder):
                         each.is_hopeless = True
                         each.process.terminate()
-                self._screen.running([f"{_number(each.job.noted)} {_last_line(each.output)}" for each in running])
+                self._screen.running(
+                    [f"{_number(each.job.noted)} {isolation.last_line(each.output)}" for each in running]
+                )
         except BaseException as error:
             self._screen.running([])
             for each in running:
@@ -215,10 +214,7 @@ class Isolated(Launcher):
         place = min(set(range(self._n_jobs)) - {each.place for each in running})
         job.folder.mkdir(parents=True, exist_ok=True)
         output = job.folder / "output.txt"
-        with output.open("a", encoding="utf-8") as file:
-            file.write(f"$ lora train {shlex.join(job.words)}\n")
-        streams = [Path(os.devnull), output, output]
-        process = isolation.start(["train", *job.words], streams=streams, environ=self._card(job.spec, place))
+        process = isolation.start_logged("train", job.words, output, environ=self._card(job.spec, place))
         # At once, so that whatever interrupts what follows finds it among those to be stopped.
         running.append(_Running(job, process, place))
         record(folder, replace(job.noted, status="running", pid=process.pid))
@@ -284,21 +280,12 @@ def _number(noted: SweepJob) -> str:
 
 def _why(code: int | None, output: Path) -> str:
     """What ended a process, in words."""
-    line = _last_line(output).removeprefix("lora train: ")
+    line = isolation.last_line(output).removeprefix("lora train: ")
     if any(sign in line for sign in _NO_MEMORY):
         return f"out of memory ({line})"
     if code is not None and code < 0:
         return f"killed by signal {-code}{_HINTS.get(code, '')}"
     return line or f"exit code {code}"
-
-
-def _last_line(output: Path) -> str:
-    """The last whole line that a job has said."""
-    with suppress(RunError, OSError), open_plain(output, RunError) as file:
-        file.seek(max(0, output.stat().st_size - _TAIL_BYTES))
-        lines = file.read(_TAIL_BYTES).decode(errors="replace").splitlines()
-        return printable(lines[-1], 250) if lines else ""
-    return ""
 
 
 def _join(running: Sequence[_Running]) -> None:

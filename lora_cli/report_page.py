@@ -17,9 +17,9 @@ from lora_cli.errors import RunError
 from lora_cli.page import Html
 from lora_cli.runs.difference import read_metrics
 from lora_cli.runs.directory import RunDirectory, read_saved_config, result_keys
-from lora_cli.runs.leaderboard import Board, Configuration, boards
+from lora_cli.runs.leaderboard import Board, Configuration
 from lora_cli.runs.predictions import read_predictions
-from lora_cli.runs.sweep import DONE, SweepJob, read_command, read_jobs
+from lora_cli.runs.sweep import DONE, TRAINED, SweepJob, read_command
 from lora_cli.screen import count, significant
 from lora_cli.spec import LOSS_DOWNWARDS
 from lora_cli.xy_plot import xy_plot
@@ -52,11 +52,9 @@ def run_page(run: RunDirectory, examples: int) -> str:
     return page.document(title, parts)
 
 
-def sweep_page(folder: Path) -> str:
-    """The page of a sweep, with what has finished of it."""
-    jobs = read_jobs(folder)
-    found = boards(jobs)
-    done = sum(job.status in ("finished", "found") for job in jobs)
+def sweep_page(folder: Path, jobs: Sequence[SweepJob], found: Sequence[Board]) -> str:
+    """The page of the sweep in `folder`, with what has finished of its `jobs`, and their boards."""
+    done = sum(job.status in TRAINED for job in jobs)
     parts = [page.paragraph(f"{folder.name} · {done} of {len(jobs)} jobs finished", quiet=True)]
     for board in found:
         parts += _board(board)

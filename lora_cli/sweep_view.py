@@ -33,7 +33,7 @@ def conclude(folder: Path, command: str, screen: Screen) -> bool:
     found = boards(jobs)
     if found:
         write_leaderboard(folder, found)
-        write_atomic(folder / "report.html", sweep_page(folder))
+        write_atomic(folder / "report.html", sweep_page(folder, jobs, found))
     for board in found:
         screen.show(_leaderboard(board, several=len(found) > 1))
         screen.line(f"{board.split}/{board.metric}{_LEGEND if len(board.rows) > 1 else ''}")

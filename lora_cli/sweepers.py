@@ -24,6 +24,7 @@ from lora_cli.runs.difference import read_metrics
 from lora_cli.runs.sweep import read_jobs, record
 from lora_cli.screen import Screen, significant
 from lora_cli.spec import LOSS_DOWNWARDS, TrainRun
+from lora_cli.words import without_hydras
 
 __all__ = ["Search"]
 
@@ -90,9 +91,8 @@ class Search(Sweeper):
 
     def _goal(self, fixed: Sequence[str], space: Mapping[str, Any]) -> tuple[str, str]:
         """The metric that decides, and its split; values of what is open are any, as long as they do."""
-        own = [word for word in fixed if not word.lstrip("+~").startswith(("hydra.", "hydra/"))]
         first = [f"{key}={_first(distribution)}" for key, distribution in space.items()]
-        spec: TrainRun = compose("train", [*own, *first])
+        spec: TrainRun = compose("train", [*without_hydras(fixed), *first])
         return spec.task.metrics[0], spec.task.split
 
     def _study(self, optuna: Any, folder: Path, metric: str) -> Any:

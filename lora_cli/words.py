@@ -15,7 +15,7 @@ from pathlib import Path
 from lora_cli.errors import ConfigError, UserError
 from lora_cli.spec import nested_specs
 
-__all__ = ["config_dirs", "is_sweep", "prepare", "sweep_folder", "take_literals", "value_of"]
+__all__ = ["config_dirs", "is_sweep", "prepare", "sweep_folder", "take_literals", "value_of", "without_hydras"]
 
 _FLAGS_WITH_VALUE = frozenset(
     f"-{short}" for short in ("c", "p", "cp", "cn", "cd", "i", "-cfg", "-package", "-config-path", "-config-name")
@@ -67,6 +67,11 @@ def value_of(key: str, words: Sequence[str]) -> str | None:
     return next((word.partition("=")[2].strip("'\"") for word in words if word.startswith(f"{key}=")), None)
 
 
+def without_hydras(words: Sequence[str]) -> list[str]:
+    """`words` but those that tell Hydra itself something."""
+    return [word for word in words if not word.lstrip("+~").startswith(("hydra.", "hydra/"))]
+
+
 def config_dirs(words: Sequence[str]) -> list[Path]:
     """Folders given with --config-dir."""
     parted = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
@@ -94,14 +99,13 @@ def sweep_folder(verb: str, words: Sequence[str]) -> tuple[Path | None, list[str
     swept = "-".join(_swept_keys(own)) or "sweep"
     name = f"sweep_{swept}_{hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]}"
     there = Path("runs").glob(f"????-??-??_{name}*")
-    newest = max(there, key=lambda path: (path.name[:10], len(path.name), path.name), default=None)
-    if newest is None or value_of("sweep.redo", words) == "all":
+    folder = max(there, key=lambda path: (path.name[:10], len(path.name), path.name), default=None)
+    if folder is None or value_of("sweep.redo", words) == "all":
         first, number = Path("runs", f"{datetime.now():%Y-%m-%d}_{name}"), 1
-        newest = first
-        while newest.exists():
+        folder = first
+        while folder.exists():
             number += 1
-            newest = first.with_name(f"{first.name}-{number}")
-    folder = newest
+            folder = first.with_name(f"{first.name}-{number}")
     return folder, [*words, f"hydra.sweep.dir={folder.as_posix()}"]
 
 

@@ -16,8 +16,8 @@ CONF = PACKAGE.parent / "conf"
 LAYERS = (
     ("errors", "__init__"),
     ("spec",),
-    ("chart", "disk", "dot_plot", "dropout", "families", "hub", "isolation", "page", "process", "xy_plot"),
-    ("row_attention", "screen", "terminal", "tokenizer", "trackers", "words"),
+    ("chart", "disk", "dot_plot", "dropout", "families", "hub", "page", "process", "xy_plot"),
+    ("isolation", "row_attention", "screen", "terminal", "tokenizer", "trackers", "words"),
     ("config", "frozen_cache", "nn", "runs", "sources", "tasks", "unpadded"),
     ("reader",),
     ("engine", "help", "merged", "models", "onnx_file", "preview"),

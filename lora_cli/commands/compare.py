@@ -6,8 +6,6 @@ Every training is a `lora train` in a process of its own: an ordinary run, whose
 from __future__ import annotations
 
 import dataclasses
-import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -18,7 +16,7 @@ from lora_cli import comparison_view as view
 from lora_cli import isolation
 from lora_cli.config import compose, group_flags, to_plain
 from lora_cli.disk import write_atomic
-from lora_cli.errors import ConfigError, TrainingFailure, UnknownName, UserError, printable
+from lora_cli.errors import ConfigError, TrainingFailure, UnknownName, UserError
 from lora_cli.reuse import is_current
 from lora_cli.runs.comparison import (
     Goal,
@@ -172,7 +170,7 @@ def _train(job: _Job, goal: Goal, folder: Path, number: str, screen: Screen, *, 
         output = path / "output.txt"
         code = _run_train([*group_flags(), *job.words, f"hydra.run.dir={path}"], output)
         if code != 0:
-            error = _last_line(output) or f"exit code {code}"
+            error = isolation.last_line(output).removeprefix("lora train: ") or f"exit code {code}"
             screen.warning(f"{job.method}, seed {job.seed}, failed: {error}")
             return Training(job.method, job.seed, str(path), error=error)
     figures, conditions = read_training(RunDirectory(path), goal)
@@ -183,9 +181,7 @@ def _train(job: _Job, goal: Goal, folder: Path, number: str, screen: Screen, *, 
 
 def _run_train(words: Sequence[str], output: Path) -> int:
     """`lora train` with these words in a process of its own; what it says goes to `output`."""
-    with output.open("a", encoding="utf-8") as file:
-        file.write(f"$ lora train {shlex.join(words)}\n")
-    process = isolation.start(["train", *words], streams=[Path(os.devnull), output, output])
+    process = isolation.start_logged("train", words, output)
     try:
         process.join()
     except BaseException as error:
@@ -204,11 +200,6 @@ def _end(process: BaseProcess) -> None:
     except BaseException:
         process.terminate()
         raise
-
-
-def _last_line(output: Path) -> str:
-    text = output.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
-    return printable(text.removeprefix("lora train: "), 250)
 
 
 def _count(spec: CompareRun, jobs: Sequence[_Job], folder: Path, screen: Screen) -> None:

@@ -9,8 +9,9 @@ from lora_cli.disk import write_atomic
 from lora_cli.errors import ConfigError, RunError
 from lora_cli.report_page import run_page, sweep_page
 from lora_cli.runs.directory import RunDirectory
+from lora_cli.runs.leaderboard import boards
 from lora_cli.runs.registry import find_run, is_bare_adapter
-from lora_cli.runs.sweep import find_sweep
+from lora_cli.runs.sweep import find_sweep, read_jobs
 from lora_cli.screen import Screen
 from lora_cli.spec import ReportRun
 
@@ -25,7 +26,8 @@ def run(spec: ReportRun, *, directory: Path | None = None, overrides: Sequence[s
     """
     if spec.sweep is not None:
         folder = find_sweep(spec.sweep)
-        text = sweep_page(folder)
+        jobs = read_jobs(folder)
+        text = sweep_page(folder, jobs, boards(jobs))
     else:
         assert spec.run is not None
         folder = find_run(spec.run)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 import time
@@ -14,9 +12,8 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from lora_cli.disk import defused, write_atomic
 from lora_cli.errors import RunError
-from lora_cli.runs.directory import RunDirectory, read_json, signature, write_json
+from lora_cli.runs.directory import RunDirectory, read_json, signature, write_csv, write_json
 from lora_cli.spec import LOSS_DOWNWARDS
 
 __all__ = [
@@ -172,12 +169,7 @@ def write_comparison(folder: Path, facts: Mapping[str, Any], rows: Sequence[Mapp
     """compare.json with `facts` and, under "rows", all of them; compare.csv with a line a row."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "compare.json", {**facts, "rows": rows})
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: defused(value) for name, value in row.items()} for row in rows)
-    write_atomic(folder / "compare.csv", text.getvalue())
+    write_csv(folder / "compare.csv", rows)
 
 
 def _first_step(run: RunDirectory, goal: Goal) -> int | None:

@@ -10,21 +10,23 @@ What is read back is data from outside: plain values only, of bounded size, noth
 from __future__ import annotations
 
 import contextlib
+import csv
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from lora_cli.disk import open_plain, read_object, remove_strays, shown, write_atomic
+from lora_cli.disk import defused, open_plain, read_object, remove_strays, shown, write_atomic
 from lora_cli.errors import RunError, printable
 from lora_cli.runs.facts import FORMAT, checked_facts
 from lora_cli.spec import SPLITS
@@ -37,6 +39,7 @@ __all__ = [
     "read_saved_config",
     "result_keys",
     "signature",
+    "write_csv",
     "write_json",
     "write_jsonl",
 ]
@@ -268,6 +271,15 @@ def write_json(file: Path, value: Any) -> None:
 def write_jsonl(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line, atomically."""
     write_atomic(file, "".join(map(_json_line, rows)))
+
+
+def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a line a row, atomically, under the names of all of them; a spreadsheet takes no cell for a formula."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: defused(value) for name, value in row.items()} for row in rows)
+    write_atomic(file, text.getvalue())
 
 
 def point_latest(path: Path) -> None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from lora_cli.disk import defused, write_atomic
 from lora_cli.errors import RunError
-from lora_cli.runs.directory import RunDirectory, read_saved_config, write_json
+from lora_cli.runs.comparison import Spread
+from lora_cli.runs.directory import RunDirectory, read_saved_config, write_csv, write_json
 from lora_cli.runs.predictions import as_answers, read_predictions
 from lora_cli.runs.statistics import RESAMPLED, Answers, interval, mcnemar, paired_bootstrap
-from lora_cli.runs.sweep import SweepJob
+from lora_cli.runs.sweep import TRAINED, SweepJob
 from lora_cli.spec import LOSS_DOWNWARDS
 
 __all__ = ["ALPHA", "Board", "Configuration", "boards", "write_leaderboard"]
@@ -69,12 +67,12 @@ class Configuration:
     @property
     def mean(self) -> float | None:
         """Of the metric over the seeds."""
-        return fmean(self.values) if self.values else None
+        return Spread(self.values).mean
 
     @property
     def stdev(self) -> float | None:
         """Standard deviation of the sample over the seeds; None of fewer than two."""
-        return stdev(self.values) if len(self.values) > 1 else None
+        return Spread(self.values).stdev
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -103,7 +101,7 @@ def boards(jobs: Sequence[SweepJob]) -> list[Board]:
     swept = _swept(jobs)
     runs: dict[tuple[str, str, str, str], list[_Run]] = {}
     for job, keys in zip(jobs, swept, strict=True):
-        if job.run is not None and job.status in ("finished", "found"):
+        if job.run is not None and job.status in TRAINED:
             with suppress(RunError, KeyError, OSError):
                 run = _read(Path(job.run), keys)
                 runs.setdefault(run.goal, []).append(run)
@@ -120,11 +118,7 @@ def write_leaderboard(folder: Path, found: Sequence[Board]) -> None:
         tables.append({**facts, "configurations": rows, "sentences": board.sentences})
         flat += [{**facts, **_flat(row)} for row in rows]
     write_json(folder / "leaderboard.json", {"boards": tables})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: defused(value) for name, value in row.items()} for row in flat)
-    write_atomic(folder / "leaderboard.csv", text.getvalue())
+    write_csv(folder / "leaderboard.csv", flat)
 
 
 def _swept(jobs: Sequence[SweepJob]) -> list[dict[str, str]]:

@@ -18,14 +18,16 @@ from lora_cli.disk import open_plain, write_atomic
 from lora_cli.errors import RunError, UnknownName
 from lora_cli.runs.directory import read_json, write_json
 
-__all__ = ["DONE", "SweepJob", "find_sweep", "read_command", "read_jobs", "record", "write_command"]
+__all__ = ["DONE", "TRAINED", "SweepJob", "find_sweep", "read_command", "read_jobs", "record", "write_command"]
 
 _COMMAND = "command.txt"
 _MAX_COMMAND = 1 << 16
 _MAX_JOBS = 1 << 16
 
 
-DONE = ("finished", "found", "pruned", "left")
+TRAINED = ("finished", "found")
+"""Statuses of which there is a whole run."""
+DONE = (*TRAINED, "pruned", "left")
 """Statuses of which nothing is to be done any more."""
 
 
