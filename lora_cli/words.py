@@ -99,10 +99,12 @@ def sweep_folder(verb: str, words: Sequence[str]) -> tuple[Path | None, list[str
     swept = "-".join(_swept_keys(own)) or "sweep"
     name = f"sweep_{swept}_{hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]}"
     there = Path("runs").glob(f"????-??-??_{name}*")
-    folder = max(there, key=lambda path: (path.name[:10], len(path.name), path.name), default=None)
-    if folder is None or value_of("sweep.redo", words) == "all":
-        first, number = Path("runs", f"{datetime.now():%Y-%m-%d}_{name}"), 1
-        folder = first
+    newest = max(there, key=lambda path: (path.name[:10], len(path.name), path.name), default=None)
+    if newest is not None and value_of("sweep.redo", words) != "all":
+        folder = newest
+    else:
+        folder = first = Path("runs", f"{datetime.now():%Y-%m-%d}_{name}")
+        number = 1
         while folder.exists():
             number += 1
             folder = first.with_name(f"{first.name}-{number}")
