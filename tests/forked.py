@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -86,6 +87,13 @@ def _harmed(
     environ: Mapping[str, str],
 ) -> None:
     isolation.settle(streams, cwd, environ)
+    _share_the_server()
     if harm is not None:
         harm()
     isolation.obey(words)
+
+
+def _share_the_server() -> None:
+    """Let what this process starts be forked where it was itself: a server of its own would do all imports again."""
+    # Its address and the pipe that keeps it alive are inherited; it only may not wait for a process that is no child.
+    forkserver._forkserver.ensure_running = lambda: None
