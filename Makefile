@@ -10,6 +10,8 @@ BENCH_ARGS ?=
 DEMO_SETTINGS := lora.r=16 lora.alpha=32 train.lr=2e-3 train.head_lr=1e-2 train.batch_size=16 train.epochs=5
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Hundreds of processes are started by the tests; without bytecode on disk each would compile the package anew.
+test test-wheel faults: export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: help install demo test test-wheel check format lint types bench faults chaos fuzz clean
 

@@ -23,6 +23,17 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Completed = subprocess.CompletedProcess[str]
+LONGEST = (
+    "test_docs.py",
+    "test_packaging.py",
+    "commands/test_compare.py",
+    "nn/test_product.py",
+    "commands/test_chat.py",
+    "test_config.py",
+    "commands/test_resume.py",
+    "commands/test_qlora.py",
+)
+"""Files that take long, the longest first: begun last, one of them would run alone while the other processes idle."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    order = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
     if config.getoption("--faults"):
         kept = [item for item in items if item.get_closest_marker("slow") or _is_of_the_table(item.nodeid)]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
