@@ -400,6 +400,8 @@ def _register_schemas(verb: str) -> None:
     """Those that a config of `verb` is made of; turning a dataclass into a schema takes longer than composing."""
     from hydra.core.config_store import ConfigStore
 
+    # For each config Hydra copies all that is stored, the schemas of every verb so far, and then only reads the copy.
+    ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]
     store = ConfigStore.instance()
     store.store(group="schema", name=verb, node=VERBS[verb], package="_global_")
     for kind, schema in TASK_KINDS.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -142,8 +143,13 @@ def _flags_first(words: Sequence[str]) -> list[str]:
 
 def _opened(words: Sequence[str], root: type) -> list[str]:
     """Let a table take keys of the user's own, for which Hydra wants ++lora.rank_pattern={query:4}."""
-    tables = tuple(_table_keys(root))
+    tables = _tables(root)
     return [f"++{word}" if word.startswith(tables) else word for word in words]
+
+
+@functools.cache
+def _tables(root: type) -> tuple[str, ...]:
+    return tuple(_table_keys(root))
 
 
 def _table_keys(root: type, prefix: str = "") -> Iterator[str]:
