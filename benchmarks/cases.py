@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lora_cli.runs.directory import RunDirectory, read_json
@@ -21,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 LORA = ("lora.r=8", "lora.alpha=16", "lora.dropout=0.1")
 TRAIN = ("device=cpu", "device.precision=fp32", "train.epochs=1", "train.batch_size=32")
 SST2 = ("task=sst2", "model=minilm")
+MRPC, SWEPT = ("task=mrpc", "model=minilm", "train.length_window=1"), (2, 4, 8, 16)
 RANDOM = "train.length_window=1"
 BASE_OFF = "model.dropout=0.0"
 OURS, OURS_BASE_OFF = "ours", "ours, base dropout off"
@@ -141,6 +143,36 @@ def mixed(place: Workplace, folder: Path, *, kind: str, number: int) -> Figures:
     """Validation rows, each with one of `number` adapters."""
     told, cost = place.run("mixed.py", [kind, _mixed(place), _mixed(place) / "adapters", number], folder)
     return {**told, "peak_rss_mib": cost["peak_rss_mib"]}
+
+
+def sweep(place: Workplace, folder: Path, *, name: str, words: Sequence[str]) -> Figures:
+    """`lora train -m` over ranks, from nothing to the leaderboard; memory is that of the largest job."""
+    swept = [*MRPC, *TRAIN, *LORA[1:], f"lora.r={','.join(map(str, SWEPT))}", f"seed={place.seed}", *words]
+    wall_s, _ = measure(
+        ["-m", "lora_cli", "train", "-m", *swept, f"hydra.sweep.dir={folder / name}"], folder, place.threads
+    )
+    runs = [RunDirectory(folder / name / str(number)).facts() for number in range(len(SWEPT))]
+    return {
+        "wall_s": wall_s,
+        "peak_rss_mib": max(run["cost"]["peak_memory_mib"] for run in runs),
+        "score": fmean(score(run["metrics"]["validation"]) for run in runs),
+    }
+
+
+def sweep_peer(place: Workplace, folder: Path) -> Figures:
+    """The same trainings by a script of a peer, one after the other."""
+    figures: list[Figures] = []
+    for number in range(len(SWEPT)):
+        notes = folder / f"peer-{number}.json"
+        words = [str(HERE / "peers.py"), "trainer", str(folder / "fused" / str(number)), str(notes)]
+        wall_s, peak_rss_mib = measure(words, folder, place.threads)
+        accuracy = score(read_json(notes)["metrics"])
+        figures.append({"wall_s": wall_s, "peak_rss_mib": peak_rss_mib, "score": accuracy})
+    return {
+        "wall_s": sum(each["wall_s"] for each in figures),
+        "peak_rss_mib": max(each["peak_rss_mib"] for each in figures),
+        "score": fmean(each["score"] for each in figures),
+    }
 
 
 def prepare_mixed(place: Workplace) -> None:
@@ -336,6 +368,15 @@ CASES: dict[str, Case] = {
         prepare_answers,
     ),
     **{f"adapters-{number}": _mixed_case(number) for number in MIXED},
+    "sweep": _case(
+        "MRPC, MiniLM, batch 32, one epoch of all 3,668 rows at r=2, 4, 8 and 16: four trainings from nothing to their end",
+        {
+            "fused, in turns": partial(sweep, name="fused", words=["hydra/launcher=fused"]),
+            "fused, mixed": partial(sweep, name="mixed", words=["hydra/launcher=fused", "hydra.launcher.mixed=true"]),
+            "isolated": partial(sweep, name="isolated", words=[]),
+            "PEFT + Trainer, four processes": sweep_peer,
+        },
+    ),
     "start": Case(
         "seconds from nothing to the first training step, and of whole commands",
         {

@@ -1,4 +1,4 @@
-"""Dropout whose masks cost little on a CPU. Knows tensors only.
+"""Dropout whose masks cost little on a CPU; trainings that share a batch draw each its own. Knows tensors only.
 
 torch draws a float for each element there: with dropout everywhere that was a ninth of a training step. Here four
 elements share a draw of 64 bits.
@@ -6,15 +6,104 @@ elements share a draw of 64 bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["dropout", "quicken"]
+__all__ = ["Streams", "dropout", "of_block", "quicken", "unseen"]
 
 _LEVELS = 1 << 16
+
+
+class Streams:
+    """The random numbers of trainings whose rows share a batch, block after block: each gets what it would draw alone.
+
+    `generator` is the one that all draw from, `states` what each training begins with, and `sizes` how long their
+    blocks are in each of the ways that a tensor may have the rows: one after the other, or all tokens of all rows.
+    """
+
+    def __init__(
+        self, generator: torch.Generator, states: Sequence[torch.Tensor], sizes: Sequence[Sequence[int]]
+    ) -> None:
+        self._generator, self._states, self._turn = generator, list(states), 0
+        self._sizes = {sum(each): list(each) for each in sizes}
+        self.block: int | None = None
+        """Whose rows alone are computed right now; None: all."""
+        self.is_unseen = False
+        """Whether all that is computed right now will be replaced."""
+        generator.set_state(self._states[0])
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Within it, forward passes draw from these."""
+        from torch.nn import functional
+
+        global _streams
+        _streams, original = self, functional.dropout
+
+        def drop(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+            # Some models drop without a module.
+            return self._by_block(x, lambda part: original(part, p)) if training and p else x
+
+        functional.dropout = drop  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            _streams, functional.dropout = None, original
+
+    def turn_to(self, number: int) -> None:
+        """What is drawn next is for this training."""
+        if number != self._turn:
+            self._states[self._turn] = self._generator.get_state()
+            self._generator.set_state(self._states[number])
+            self._turn = number
+
+    def drop(self, x: torch.Tensor, p: float) -> torch.Tensor:
+        """`dropout` of each block."""
+        return self._by_block(x, lambda part: _drop(part, p))
+
+    def _by_block(self, x: torch.Tensor, drop: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        import torch
+
+        if self.is_unseen:
+            return x
+        if self.block is not None:
+            return drop(x)
+        # Of rows that lie end to end the first dimension is 1.
+        dimension = 1 if x.ndim > 2 and x.shape[0] == 1 else 0
+        parts = []
+        for number, part in enumerate(x.split_with_sizes(self._sizes[x.shape[dimension]], dimension)):
+            self.turn_to(number)
+            parts.append(drop(part))
+        return torch.cat(parts, dimension)
+
+
+_streams: Streams | None = None
+"""Those of the batch that is computed right now, if trainings share it."""
+
+
+@contextmanager
+def of_block(number: int) -> Iterator[None]:
+    """Within it, only rows of training `number` are computed, if several share a batch."""
+    if _streams is None:
+        yield
+        return
+    before, _streams.block = _streams.block, number
+    _streams.turn_to(number)
+    try:
+        yield
+    finally:
+        _streams.block = before
+
+
+def unseen(is_unseen: bool) -> None:
+    """From now on what is computed will be replaced, so that nothing need be drawn for it; or will not."""
+    if _streams is not None:
+        _streams.is_unseen = is_unseen
 
 
 def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
@@ -22,10 +111,14 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
 
     On a CPU `p` is rounded to a multiple of 2⁻¹⁶, for the division too, so the expectation stays that of `x`.
     """
+    return _drop(x, p) if _streams is None else _streams.drop(x, p)
+
+
+def _drop(x: torch.Tensor, p: float) -> torch.Tensor:
     import torch
 
     if x.device.type != "cpu":
-        return torch.nn.functional.dropout(x, p)
+        return torch.dropout(x, p, train=True)
     dropped = round(p * _LEVELS)
     if dropped == _LEVELS:
         return x * 0

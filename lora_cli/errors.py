@@ -18,6 +18,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 __all__ = [
+    "INTERRUPTED",
     "AdapterError",
     "ConfigError",
     "DataError",
@@ -27,11 +28,14 @@ __all__ = [
     "TrainingFailure",
     "UnknownName",
     "UserError",
+    "in_words",
     "listed",
     "nearest",
     "printable",
 ]
 
+INTERRUPTED = "interrupted"
+"""What is said of work that a person or a scheduler has ended."""
 _MAX_NAMES = 12
 _MAX_LISTED = 180
 """Names, and characters of them, listed in a message; more would not fit on the one line a person reads."""
@@ -97,6 +101,11 @@ class RunError(UserError):
 
 class TrainingFailure(LoraError):  # noqa: N818
     """Training cannot go on for a reason that no config key explains. Exit code 1."""
+
+
+def in_words(error: Exception) -> str:
+    """What a person is told of an error that ends one piece of work among others."""
+    return str(error) if isinstance(error, LoraError) else f"{type(error).__name__}: {error}"
 
 
 def nearest(name: str, options: Sequence[str]) -> str | None:

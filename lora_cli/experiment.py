@@ -8,11 +8,11 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -22,15 +22,17 @@ from lora_cli.engine.checkpoint import Checkpoint, Progress
 from lora_cli.engine.device import Device, open_device
 from lora_cli.engine.evaluate import evaluate, forward, predict, rehearse
 from lora_cli.engine.generate import generate
+from lora_cli.engine.micro_step import Training, alone
 from lora_cli.engine.optim import check_optimizer
 from lora_cli.engine.selfcheck import check_same_logits
-from lora_cli.engine.train import Objective, Recorder, Stop, train
+from lora_cli.engine.train import Objective, Recorder, Stop, training
 from lora_cli.errors import ConfigError
 from lora_cli.frozen_cache import FrozenCache
-from lora_cli.models import BaseModel, load_base, save_config
+from lora_cli.models import BaseModel, drawn_anew, load_base, save_config
 from lora_cli.nn import (
     INITS,
     Allocator,
+    Bank,
     Injection,
     adapted_layers,
     inject,
@@ -47,13 +49,56 @@ from lora_cli.spec import LOSS_DOWNWARDS, TEXT_METRICS, TrainRun
 from lora_cli.tasks import Encoded, EncodedTexts, Rows, Scorer, Task, TextScorer, TextTask
 from lora_cli.unpadded import remove_padding
 
-__all__ = ["Experiment", "score_split"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Experiment", "Ground", "score_split"]
 
 _VERSIONS = ("torch", "transformers", "datasets", "hydra-core", "safetensors")
 _READ = 128
 """Training examples from whose inputs an init can start."""
 _CHECKED = 8
 """Examples on which self-checks compare logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ground:
+    """What several trainings can stand on: a base model that none of them changes, and data as it takes it."""
+
+    task: Task
+    rows: Mapping[str, Rows]
+    data: Mapping[str, Encoded]
+    base: BaseModel
+    device: Device
+    is_packed: bool
+    """Whether the model runs without padding."""
+    logits: torch.Tensor
+    """Of a few examples, without any adapter."""
+
+    @classmethod
+    def lay(cls, spec: TrainRun, task: Task, rows: Mapping[str, Rows]) -> Ground:
+        """Load the base model of `spec` and encode `rows`.
+
+        Raises:
+            UserError: the model or the data do not fit.
+            TrainingFailure: without padding the model computes something else.
+        """
+        device = open_device(spec.device)
+        base = load_base(
+            spec.model,
+            **task.head,
+            seed=spec.seed_for("init"),
+            dtype=device.dtype,
+            device=device.device,
+            keep_original=spec.lora.init == "loftq",
+        )
+        base.model.to(device.device)
+        data = {split: task.encode(found, base) for split, found in rows.items()}
+        is_packed = spec.train.packing is not False and _remove_padding(task, base, data["train"], device)
+        if spec.train.packing and not is_packed:
+            raise ConfigError("train.packing", "true", f"not with {base.family}, whose attention needs padded texts")
+        logits = _logits(task, base, data["train"], device)
+        return cls(task=task, rows=rows, data=data, base=base, device=device, is_packed=is_packed, logits=logits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,22 +125,9 @@ class Experiment:
             UserError: the model, the data or the adapter's settings do not fit together.
             TrainingFailure: the fresh adapter changes the base model's logits.
         """
-        device = open_device(spec.device)
-        check_optimizer(spec.train.optimizer, device)
-        base = load_base(
-            spec.model,
-            **task.head,
-            seed=spec.seed_for("init"),
-            dtype=device.dtype,
-            device=device.device,
-            keep_original=spec.lora.init == "loftq",
-        )
-        base.model.to(device.device)
-        data = {split: task.encode(found, base) for split, found in rows.items()}
-        is_packed = spec.train.packing is not False and _remove_padding(task, base, data["train"], device)
-        if spec.train.packing and not is_packed:
-            raise ConfigError("train.packing", "true", f"not with {base.family}, whose attention needs padded texts")
-        before = _logits(task, base, data["train"], device)
+        check_optimizer(spec.train.optimizer, open_device(spec.device))
+        ground = Ground.lay(spec, task, rows)
+        base, device = ground.base, ground.device
         injection = inject(
             base.model,
             spec.lora,
@@ -106,27 +138,60 @@ class Experiment:
             seed=spec.seed_for("init"),
         )
         if spec.lora.init == "eva":
-            start_from_inputs(base.model, _single_forwards(task, base, data["train"], device, spec.seed_for("data")))
-        # What starts at 0 adds exactly 0, and so does what is still at its start. DoRA divides by a norm and multiplies
-        # by it, the identity only up to rounding; so is a product of fewer rows, and the B A of an orthogonal init.
-        rounding = 1e-4 if device.precision == "fp32" else 2e-2
-        is_rounded = spec.lora.variant == "dora" or spec.lora.init == "orthogonal" or base.new_rows
-        tolerance = rounding if is_rounded else 0.0
-        # LoftQ changes it, towards the model that was quantised: layer by layer for certain, which tests hold it to.
-        if INITS[spec.lora.init].is_neutral:
-            after = _logits(task, base, data["train"], device)
-            check_same_logits("a fresh adapter must not change the base model", before, after, tolerance=tolerance)
+            forwards = _single_forwards(task, base, ground.data["train"], device, spec.seed_for("data"))
+            start_from_inputs(base.model, forwards)
+        _check_start(spec, ground, base)
         settle_down()
         return cls(
             spec=spec,
             task=task,
             rows=rows,
-            data=data,
+            data=ground.data,
             base=base,
             injection=injection,
             fingerprint=base.fingerprint,
             device=device,
-            cache=_cache(spec, task, base, data["train"], device, is_packed=is_packed),
+            cache=_cache(spec, task, base, ground.data["train"], device, is_packed=ground.is_packed),
+        )
+
+    @classmethod
+    def beside(
+        cls,
+        ground: Ground,
+        bank: Bank,
+        name: str,
+        spec: TrainRun,
+        *,
+        rows: Mapping[str, Rows],
+        data: Mapping[str, Encoded],
+    ) -> Experiment:
+        """A training on a base that others stand on, as the adapter called `name` of its `bank`.
+
+        It is the one that `build` makes of `spec`, but that its model shares the base's weights.
+
+        Raises:
+            UserError: the adapter's settings do not fit, or need a model of their own.
+            TrainingFailure: the fresh adapter changes the base model's logits.
+        """
+        check_optimizer(spec.train.optimizer, ground.device)
+        shared, seed = ground.base, spec.seed_for("init")
+        member = bank.add_new(
+            name, spec.lora, groups=shared.groups, skip=shared.skip, new_rows=shared.new_rows, seed=seed
+        )
+        base = replace(shared, model=cast("PreTrainedModel", member.model))
+        _check_start(spec, ground, base)
+        for parameter, start in drawn_anew(shared, seed).items():
+            base.model.get_parameter(parameter).data.copy_(start)
+        return cls(
+            spec=spec,
+            task=ground.task,
+            rows=rows,
+            data=data,
+            base=base,
+            injection=member.injection,
+            fingerprint=base.fingerprint,
+            device=ground.device,
+            cache=None,
         )
 
     @property
@@ -147,9 +212,9 @@ class Experiment:
         examples, batch_size = self.data["validation"].examples, self.spec.train.eval_batch_size
         rehearse(self.base.model, self.task, examples, device=self.device, batch_size=batch_size)
 
-    def train(
+    def training(
         self, recorder: Recorder, resume: Checkpoint | None, stop: Stop
-    ) -> tuple[Progress, Scorer | TextScorer | None]:
+    ) -> Training[tuple[Progress, Scorer | TextScorer | None]]:
         """Train, from `resume` if given, and end with the weights that the run keeps.
 
         Returns how far it came, and the validation split's score with just these weights if the training has it whole.
@@ -164,7 +229,7 @@ class Experiment:
         if resume is not None:
             load_trainable_state(model, resume.trained)
         filled_s = self._fill_cache() if self.cache else 0.0
-        outcome = train(
+        outcome = yield from training(
             model,
             self.task,
             self.data["train"].examples,
@@ -194,6 +259,8 @@ class Experiment:
         # What is kept of lower layers agrees with what they compute up to rounding, and figures are to the last digit.
         is_whole = self.cache is None and (answers or not self.task.generates)
         return outcome.progress, cast("Scorer | TextScorer", scorer) if is_whole else None
+
+    train = alone(training)
 
     def _fill_cache(self) -> float:
         """Keep what the lower layers make of the texts of both splits; returns how long it took, in s."""
@@ -345,6 +412,23 @@ def score_split(
         for number, text in answered:
             scorer.add_answer(data.queries[number], text)
     return scorer
+
+
+def _check_start(spec: TrainRun, ground: Ground, base: BaseModel) -> None:
+    """See that the fresh adapter in `base` leaves the logits as they were.
+
+    Raises:
+        TrainingFailure: it does not.
+    """
+    # What starts at 0 adds exactly 0, and so does what is still at its start. DoRA divides by a norm and multiplies
+    # by it, the identity only up to rounding; so is a product of fewer rows, and the B A of an orthogonal init.
+    rounding = 1e-4 if ground.device.precision == "fp32" else 2e-2
+    is_rounded = spec.lora.variant == "dora" or spec.lora.init == "orthogonal" or base.new_rows
+    tolerance = rounding if is_rounded else 0.0
+    # LoftQ changes it, towards the model that was quantised: layer by layer for certain, which tests hold it to.
+    if INITS[spec.lora.init].is_neutral:
+        after = _logits(ground.task, base, ground.data["train"], ground.device)
+        check_same_logits("a fresh adapter must not change the base model", ground.logits, after, tolerance=tolerance)
 
 
 def _remove_padding(task: Task, base: BaseModel, data: Encoded, device: Device) -> bool:

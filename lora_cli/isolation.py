@@ -11,7 +11,7 @@ import os
 import runpy
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -25,15 +25,20 @@ __all__ = ["forks", "last_line", "obey", "settle", "start", "start_logged"]
 _TAIL_BYTES = 4096
 
 
-def start(words: Sequence[str], *, streams: Sequence[Path], environ: Mapping[str, str] | None = None) -> BaseProcess:
-    """`lora WORDS` in a new process, in a session of its own: Ctrl-C in the terminal does not reach it.
+def start(
+    work: Callable[..., None],
+    *arguments: object,
+    streams: Sequence[Path],
+    environ: Mapping[str, str] | None = None,
+) -> BaseProcess:
+    """`work`, such as `obey`, in a new process, in a session of its own: Ctrl-C in the terminal does not reach it.
 
     Its standard input, output and error are the files `streams`; the last two are appended to. `environ` is added to
     the environment.
     """
     # As a process that is started afresh would: the folder and environment of whoever forks are those of its own start.
     here = (Path.cwd(), {**os.environ, **(environ or {})})
-    process = forks().Process(target=_become, args=(words, streams, *here))
+    process = forks().Process(target=_become, args=(work, arguments, streams, *here))
     process.start()
     return process
 
@@ -44,7 +49,7 @@ def start_logged(
     """`lora VERB WORDS` as `start` has it; the words, and then what it says, are added to the file `output`."""
     with output.open("a", encoding="utf-8") as file:
         file.write(f"$ lora {verb} {shlex.join(words)}\n")
-    return start([verb, *words], streams=[Path(os.devnull), output, output], environ=environ)
+    return start(obey, [verb, *words], streams=[Path(os.devnull), output, output], environ=environ)
 
 
 def last_line(output: Path) -> str:
@@ -80,6 +85,12 @@ def obey(words: Sequence[str]) -> None:
     runpy.run_module("lora_cli", run_name="__main__", alter_sys=True)
 
 
-def _become(words: Sequence[str], streams: Sequence[Path], cwd: Path, environ: Mapping[str, str]) -> None:
+def _become(
+    work: Callable[..., None],
+    arguments: Sequence[object],
+    streams: Sequence[Path],
+    cwd: Path,
+    environ: Mapping[str, str],
+) -> None:
     settle(streams, cwd, environ)
-    obey(words)
+    work(*arguments)

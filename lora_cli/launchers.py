@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from omegaconf import open_dict
 
 from lora_cli import isolation
 from lora_cli.config import Job, compose, group_flags, to_plain
-from lora_cli.errors import ConfigError, LoraError, RunError
+from lora_cli.errors import INTERRUPTED, ConfigError, LoraError, RunError, in_words
 from lora_cli.runs.directory import RunDirectory, signature
 from lora_cli.runs.registry import finished_runs
 from lora_cli.runs.sweep import SweepJob, record
@@ -28,7 +29,7 @@ from lora_cli.screen import Screen, significant
 from lora_cli.spec import TrainRun
 from lora_cli.words import without_hydras
 
-__all__ = ["Isolated", "run_here"]
+__all__ = ["Fused", "Isolated", "run_here"]
 
 _LOOKS_S = 0.5
 """How often the last line of a running job is read."""
@@ -58,8 +59,7 @@ def run_here(job: Job) -> float | None:
         record(folder, replace(noted, status="interrupted"))
         raise type(error)("the same command does the rest") from error
     except Exception as error:
-        why = str(error) if isinstance(error, LoraError) else f"{type(error).__name__}: {error}"
-        _failed(Screen(), folder, noted, why)
+        _failed(Screen(), folder, noted, in_words(error))
         return None
     record(folder, noted)
     return value
@@ -72,22 +72,29 @@ class _Job:
     noted: SweepJob
     spec: TrainRun
     words: tuple[str, ...]
-    """What `lora train` has to be told for it."""
+    """What makes it this job, and how it is to run here."""
     folder: Path
+
+    @property
+    def output(self) -> Path:
+        """Where it says how it goes."""
+        return self.folder / "output.txt"
 
 
 @dataclass
 class _Running:
-    job: _Job
+    """A process, and those of its jobs that have not ended."""
+
+    jobs: dict[int, _Job]
     process: BaseProcess
     place: int
     """Which of the `n_jobs` places it has."""
+    output: Path
+    """What it says."""
+    news: Connection | None = None
+    """Where it says which of its jobs has ended, and why if before its time; None: its own end is its only job's."""
     is_hopeless: bool = False
     """It has been asked to stop."""
-
-    @property
-    def output(self) -> Path:
-        return self.job.folder / "output.txt"
 
 
 class Isolated(Launcher):
@@ -124,14 +131,14 @@ class Isolated(Launcher):
             self._screen.fact("sweep", f"{len(numbered)} jobs, {self._n_jobs} at a time, in {folder}")
         found = finished_runs()
         returned: dict[int, float | None] = {}
-        waiting: deque[_Job] = deque()
+        waiting: list[_Job] = []
         for number, overrides in numbered:
             job = self._made(folder, number, overrides)
             if job is None or self._is_found(folder, job, found, returned):
                 continue
             record(folder, replace(job.noted, status="waiting"))
             waiting.append(job)
-        self._run(folder, waiting, returned)
+        self._run(folder, deque(self._shared_out(waiting)), returned)
         return [_returned(overrides, returned.get(number)) for number, overrides in numbered]
 
     def _made(self, folder: Path, number: int, overrides: Sequence[str]) -> _Job | None:
@@ -145,8 +152,7 @@ class Isolated(Launcher):
             return None
         resume = () if spec.sweep.redo == "all" else ("resume=auto",)
         path = folder / self._subdir(number, overrides)
-        own += [*resume, *self._share(spec)]
-        return _Job(replace(noted, run=str(path)), spec, (*group_flags(), *own, f"hydra.run.dir={path}"), path)
+        return _Job(replace(noted, run=str(path)), spec, (*own, *resume, *self._share(spec)), path)
 
     def _subdir(self, number: int, overrides: Sequence[str]) -> str:
         config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
@@ -180,22 +186,34 @@ class Isolated(Launcher):
         )
         return True
 
-    def _run(self, folder: Path, waiting: deque[_Job], returned: dict[int, float | None]) -> None:
+    def _shared_out(self, jobs: Sequence[_Job]) -> list[list[_Job]]:
+        """The jobs of each process."""
+        return [[job] for job in jobs]
+
+    def _run(self, folder: Path, waiting: deque[list[_Job]], returned: dict[int, float | None]) -> None:
         running: list[_Running] = []
         try:
             while waiting or running:
                 while waiting and len(running) < self._n_jobs:
                     self._start(folder, waiting.popleft(), running)
-                ended = wait([each.process.sentinel for each in running], timeout=_LOOKS_S)
-                for each in [each for each in running if each.process.sentinel in ended]:
-                    running.remove(each)
-                    self._ended(folder, each, returned)
+                signs = [sign for each in running for sign in (each.news, each.process.sentinel) if sign is not None]
+                ended = wait(signs, timeout=_LOOKS_S)
+                for each in list(running):
+                    self._read_news(folder, each, returned)
+                    if each.process.sentinel in ended:
+                        running.remove(each)
+                        self._ended(folder, each, returned)
                 for each in [each for each in running if not each.is_hopeless]:
-                    if self.judge is not None and self.judge(each.job.noted.number, each.job.folder):
+                    judge = self.judge
+                    if judge and all(judge(number, job.folder) for number, job in each.jobs.items()):
                         each.is_hopeless = True
                         each.process.terminate()
                 self._screen.running(
-                    [f"{_number(each.job.noted)} {isolation.last_line(each.output)}" for each in running]
+                    [
+                        f"{_number(job.noted)} {isolation.last_line(job.output)}"
+                        for each in running
+                        for job in each.jobs.values()
+                    ]
                 )
         except BaseException as error:
             self._screen.running([])
@@ -203,22 +221,31 @@ class Isolated(Launcher):
                 each.process.terminate()
             _join(running)
             for each in running:
-                record(folder, replace(each.job.noted, status="interrupted"))
+                self._read_news(folder, each, returned)
+                for job in each.jobs.values():
+                    record(folder, replace(job.noted, status="interrupted"))
             if isinstance(error, KeyboardInterrupt):
                 raise type(error)("the same command does the rest") from error
             raise
         finally:
             self._screen.running([])
 
-    def _start(self, folder: Path, job: _Job, running: list[_Running]) -> None:
+    def _start(self, folder: Path, jobs: Sequence[_Job], running: list[_Running]) -> None:
         place = min(set(range(self._n_jobs)) - {each.place for each in running})
-        job.folder.mkdir(parents=True, exist_ok=True)
-        output = job.folder / "output.txt"
-        process = isolation.start_logged("train", job.words, output, environ=self._card(job.spec, place))
+        for job in jobs:
+            job.folder.mkdir(parents=True, exist_ok=True)
         # At once, so that whatever interrupts what follows finds it among those to be stopped.
-        running.append(_Running(job, process, place))
-        record(folder, replace(job.noted, status="running", pid=process.pid))
-        self._screen.fact(_number(job.noted), f"{_title(job.noted, self._shared)}: in {job.folder}")
+        running.append(self._started(folder, jobs, place))
+        for job in jobs:
+            record(folder, replace(job.noted, status="running", pid=running[-1].process.pid))
+            self._screen.fact(_number(job.noted), f"{_title(job.noted, self._shared)}: in {job.folder}")
+
+    def _started(self, folder: Path, jobs: Sequence[_Job], place: int) -> _Running:
+        """A process that runs these jobs."""
+        [job] = jobs
+        words = [*group_flags(), *job.words, f"hydra.run.dir={job.folder}"]
+        process = isolation.start_logged("train", words, job.output, environ=self._card(job.spec, place))
+        return _Running({job.noted.number: job}, process, place, job.output)
 
     def _card(self, spec: TrainRun, place: int) -> dict[str, str]:
         """Environment by which a job sees one GPU only, where several run at once."""
@@ -228,25 +255,98 @@ class Isolated(Launcher):
 
         return one_card(place)
 
+    def _read_news(self, folder: Path, each: _Running, returned: dict[int, float | None]) -> None:
+        """Note what a process of several jobs has said of their ends."""
+        with suppress(EOFError):
+            while each.news is not None and each.news.poll():
+                number, why = each.news.recv()
+                job = each.jobs.pop(number)
+                if why == INTERRUPTED:
+                    record(folder, replace(job.noted, status="interrupted"))
+                elif why is not None:
+                    _failed(self._screen, folder, job.noted, why, self._shared)
+                else:
+                    self._finished(folder, job, returned)
+            return
+        each.news = None
+
     def _ended(self, folder: Path, each: _Running, returned: dict[int, float | None]) -> None:
         each.process.join()
-        noted, code = each.job.noted, each.process.exitcode
-        if code != 0 and each.is_hopeless:
-            record(folder, replace(noted, status="pruned"))
-            self._screen.fact(
-                _number(noted), f"{_title(noted, self._shared)}: stopped early, as others were better by then"
-            )
-            return
-        if code != 0:
-            _failed(self._screen, folder, noted, _why(code, each.output), self._shared)
-            return
+        code = each.process.exitcode
+        for job in each.jobs.values():
+            if code != 0 and each.is_hopeless:
+                record(folder, replace(job.noted, status="pruned"))
+                self._screen.fact(
+                    _number(job.noted),
+                    f"{_title(job.noted, self._shared)}: stopped early, as others were better by then",
+                )
+            elif code != 0:
+                _failed(self._screen, folder, job.noted, _why(code, each.output), self._shared)
+            else:
+                self._finished(folder, job, returned)
+
+    def _finished(self, folder: Path, job: _Job, returned: dict[int, float | None]) -> None:
+        noted = job.noted
         try:
-            returned[noted.number] = value = _metric(each.job.folder, each.job.spec)
+            returned[noted.number] = value = _metric(job.folder, job.spec)
         except RunError as error:
             _failed(self._screen, folder, noted, str(error), self._shared)
             return
         record(folder, noted)
-        self._screen.fact(_number(noted), f"{_title(noted, self._shared)}: {_reached(each.job.spec, value)}")
+        self._screen.fact(_number(noted), f"{_title(noted, self._shared)}: {_reached(job.spec, value)}")
+
+
+class Fused(Isolated):
+    """Jobs with the same base model, task and shape of batch in one process, which loads what they share once.
+
+    `adapters` are trained at a time; `mixed` tells whether the rows of all are one batch (null: on a GPU), or they take
+    turns. What cannot share a base runs as `isolated` has it.
+    """
+
+    __module__ = "hydra_plugins.lora"
+
+    def __init__(self, n_jobs: int = 1, adapters: int = 16, mixed: bool | None = None) -> None:
+        super().__init__(n_jobs)
+        if type(adapters) is not int or adapters < 1:
+            raise ConfigError("hydra.launcher.adapters", adapters, "a whole number, 1 or more")
+        if mixed is not None and type(mixed) is not bool:
+            raise ConfigError("hydra.launcher.mixed", mixed, "true, false or null")
+        self._adapters, self._mixed = adapters, mixed
+
+    def _shared_out(self, jobs: Sequence[_Job]) -> list[list[_Job]]:
+        from lora_cli.together import common, why_alone
+
+        groups: dict[object, list[_Job]] = {}
+        for job in jobs:
+            why = why_alone(job.spec)
+            groups.setdefault((job.noted.number,) if why else common(job.spec), []).append(job)
+            if why:
+                self._screen.fact("alone", f"{_number(job.noted)}: {why} needs a model of its own")
+        for group in groups.values():
+            if len(group) > 1:
+                numbers = ", ".join(str(job.noted.number) for job in group)
+                self._screen.fact("fused", f"jobs {numbers} on one {group[0].spec.model.name}")
+        return list(groups.values())
+
+    def _started(self, folder: Path, jobs: Sequence[_Job], place: int) -> _Running:
+        if len(jobs) == 1:
+            return super()._started(folder, jobs, place)
+        output = folder / f"output-{jobs[0].noted.number}.txt"
+        from lora_cli.together import Part, work
+
+        parts = [Part(job.noted.number, compose("train", job.words), job.folder, job.words) for job in jobs]
+        told, news = isolation.forks().Pipe(duplex=False)
+        process = isolation.start(
+            work,
+            parts,
+            self._adapters,
+            self._mixed,
+            news,
+            streams=[Path(os.devnull), output, output],
+            environ=self._card(jobs[0].spec, place),
+        )
+        news.close()
+        return _Running({job.noted.number: job for job in jobs}, process, place, output, told)
 
 
 def _failed(screen: Screen, folder: Path, noted: SweepJob, error: str, shared: Collection[str] = ()) -> None:

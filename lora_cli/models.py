@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from lora_cli.nn import QuantizedSize
 
-__all__ = ["BaseModel", "load_base", "save_config"]
+__all__ = ["BaseModel", "drawn_anew", "load_base", "save_config"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class BaseModel:
     """Names that lora.targets may use for several layers → dotted suffixes, or re:REGEX."""
     fresh: tuple[str, ...]
     """Outermost modules that the checkpoint lacks: they have to be trained whole, and saved."""
+    drawn: tuple[str, ...]
+    """Parameters of these modules that the checkpoint lacks, which start as the seed has it."""
     skip: tuple[str, ...]
     """Output embedding: not a target of all-linear."""
     max_length: int
@@ -127,6 +129,7 @@ def load_base(
         family=model.config.model_type,
         groups=layer_groups(model.config.model_type, spec.targets),
         fresh=fresh_modules,
+        drawn=() if writes else tuple(fresh),
         skip=skip,
         max_length=max_length,
         task_type=task_type(model.config, problem),
@@ -138,6 +141,20 @@ def load_base(
         quantized=quantized_size(model),
         new_rows=new_rows,
     )
+
+
+def drawn_anew(base: BaseModel, seed: int) -> dict[str, torch.Tensor]:
+    """What the new modules of `base` would start from if it were loaded with this seed, by parameter."""
+    import torch
+
+    parameters = {name: base.model.get_parameter(name) for name in base.drawn}
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with quiet(), torch.random.fork_rng(devices=[]):
+        _draw(base.model, base.drawn, seed)
+    drawn = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.data.copy_(before[name])
+    return drawn
 
 
 def save_config(model: PreTrainedModel, folder: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.dropout import dropout as drop
+from lora_cli.dropout import of_block
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ _SHORT = 64
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the rows of a batch lie in the one sequence of T tokens, sorted by length."""
+    """Where the rows of a batch lie in the one sequence of T tokens, sorted by length within each block."""
 
     lengths: torch.Tensor
     """Tokens of each row (N,), in the order of the batch."""
@@ -37,6 +38,7 @@ class Rows:
 class _Group:
     """`rows` neighbouring rows of at most `width` tokens, which lie at start:stop."""
 
+    block: int
     start: int
     stop: int
     rows: int
@@ -47,25 +49,39 @@ class _Group:
     """True where a token is (rows, width)."""
 
 
-def lay(lengths: torch.Tensor, device: torch.device) -> tuple[Rows, torch.Tensor]:
-    """Where rows of these lengths lie, told on `device`, and the order (N,) in which they do."""
+def lay(lengths: torch.Tensor, device: torch.device, blocks: Sequence[int] | None = None) -> tuple[Rows, torch.Tensor]:
+    """Where rows of these lengths lie, told on `device`, and the order (N,) in which they do.
+
+    `blocks` are numbers of neighbouring rows that lie as they would alone, one block after the other.
+    """
     import torch
 
-    order = lengths.argsort(stable=True)
+    sizes = [len(lengths)] if blocks is None else list(blocks)
+    firsts = [sum(sizes[:number]) for number in range(len(sizes))]
+    parts = lengths.split_with_sizes(sizes)
+    order = torch.cat([first + part.argsort(stable=True) for first, part in zip(firsts, parts, strict=True)])
     ends = lengths[order].cumsum(0)
     starts = torch.empty_like(lengths)
     starts[order] = ends - lengths[order]
     groups, start = [], 0
-    for part in lengths[order].tensor_split(min(_GROUPS, len(lengths))):
-        sizes = part.tolist()
-        width, stop = sizes[-1], start + sum(sizes)
-        mask = places = None
-        if sizes[0] < width:
-            mask = torch.arange(width) < part[:, None]
-            places, mask = mask.flatten().nonzero()[:, 0].to(device), mask.to(device)
-        groups.append(_Group(start, stop, len(sizes), width, places, mask))
-        start = stop
+    for block, part in enumerate(lengths[order].split_with_sizes(sizes)):
+        for group in part.tensor_split(min(_GROUPS, len(part))):
+            groups.append(_group(block, start, group, device))
+            start = groups[-1].stop
     return Rows(lengths.to(device), starts.to(device), groups), order
+
+
+def _group(block: int, start: int, lengths: torch.Tensor, device: torch.device) -> _Group:
+    """The group of rows of these lengths, sorted, that begins at `start`."""
+    import torch
+
+    sizes = lengths.tolist()
+    width = sizes[-1]
+    mask = places = None
+    if sizes[0] < width:
+        mask = torch.arange(width) < lengths[:, None]
+        places, mask = mask.flatten().nonzero()[:, 0].to(device), mask.to(device)
+    return _Group(block, start, start + sum(sizes), len(sizes), width, places, mask)
 
 
 def means(hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -109,7 +125,8 @@ def attend(
     for group in rows.groups:
         mask = _visible(group, sliding_window, causal=causal, device=query.device)
         q, k, v = (_padded(x[0, :, group.start : group.stop].transpose(0, 1), group) for x in (query, key, value))
-        out = _softmax_attention(q, k, v, mask, scale, dropout)
+        with of_block(group.block):
+            out = _softmax_attention(q, k, v, mask, scale, dropout)
         flat = out.transpose(1, 2).flatten(0, 1)
         parts.append(flat if group.places is None else flat.index_select(0, group.places))
     return torch.cat(parts)[None], None

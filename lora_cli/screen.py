@@ -6,6 +6,7 @@ A live bar on a terminal, plain aligned lines elsewhere. Knows numbers and names
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TextIO
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -24,11 +25,11 @@ _MAX_COLUMNS = 5
 
 
 class Screen:
-    """The terminal of one command."""
+    """The terminal of one command, or the `file` to which all that it says goes."""
 
-    def __init__(self) -> None:
-        self._out = Console(highlight=False, soft_wrap=True)
-        self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(self, file: TextIO | None = None) -> None:
+        self._out = Console(file=file, highlight=False, soft_wrap=True)
+        self._err = Console(file=file, stderr=True, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._live: Live | None = None
 

@@ -59,7 +59,8 @@ def remove_padding(model: PreTrainedModel) -> bool:
 
     A batch that is padded on the right, with `input_ids` and `attention_mask` by name, then takes the time of its real
     tokens. A decoder does so where it is given `labels` as well, and returns the logits that predict those (targets,
-    vocabulary), row by row; see `takes_labels`. Any other call is computed as before. Logits agree with those of
+    vocabulary), row by row; see `takes_labels`. Of `blocks`, numbers of neighbouring rows, each is laid out as it would
+    be alone. Any other call is computed as before. Logits agree with those of
     the padded batch up to rounding; with dropout other elements are dropped.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -162,7 +163,7 @@ def _laid_end_to_end(kwargs: dict[str, Any], offset: int) -> dict[str, Any] | No
     """The arguments of a model for padded rows → those for one row, positions counted from `offset`; None: they are not
     padded on the right.
     """
-    mask = kwargs.get("attention_mask")
+    mask, blocks = kwargs.get("attention_mask"), kwargs.pop("blocks", None)
     if mask is None or mask.ndim != 2 or kwargs.get("input_ids") is None:
         return None
     # All of it is decided on the CPU, so that a GPU is waited for once.
@@ -170,7 +171,7 @@ def _laid_end_to_end(kwargs: dict[str, Any], offset: int) -> dict[str, Any] | No
     if not _is_padded_right(mask):
         return None
     device = kwargs["input_ids"].device
-    rows, order = lay(mask.sum(1), device)
+    rows, order = lay(mask.sum(1), device, blocks)
     chosen = mask[order]
     positions = (chosen.cumsum(1) - 1 + offset)[chosen]
     flat: dict[str, Any] = {

@@ -24,6 +24,7 @@ LAYERS = (
     ("certificate", "comparison_view", "experiment", "reuse", "saved"),
     ("report_page",),
     ("commands", "sweep_view"),
+    ("together",),
     ("launchers",),
     ("sweepers",),
     ("cli",),

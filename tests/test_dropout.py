@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lora_cli.dropout import dropout, quicken
+from lora_cli.dropout import Streams, dropout, of_block, quicken, unseen
 
 
 @given(p=st.floats(0.0, 1.0), size=st.integers(0, 40), seed=st.integers(0, 9))
@@ -66,3 +66,36 @@ def test_a_models_dropout_is_replaced_while_it_trains_and_only_then() -> None:
     assert torch.equal(found, dropout(x, 0.5))
     assert torch.equal(twin.eval()[1](x), x)
     assert model[1].training, "a copy is a module of its own"
+
+
+def alone(seed: int, *parts: torch.Tensor) -> list[torch.Tensor]:
+    """These tensors, dropped one after the other by one who has the generator for himself."""
+    torch.manual_seed(seed)
+    return [dropout(part, 0.4) if number % 2 else nn.functional.dropout(part, 0.4) for number, part in enumerate(parts)]
+
+
+@given(sizes=st.lists(st.integers(1, 5), min_size=2, max_size=4), width=st.integers(1, 9))
+@settings(deadline=None)
+def test_in_a_shared_batch_each_block_is_dropped_as_it_would_be_alone(sizes: list[int], width: int) -> None:
+    rows = [torch.randn(size, width) for size in sizes]
+    tokens = [torch.randn(1, 3 * size + 7, width) for size in sizes]
+    wanted = [alone(seed, *parts) for seed, parts in enumerate(zip(rows, tokens, rows, strict=True))]
+    states = []
+    for seed in range(len(sizes)):
+        torch.manual_seed(seed)
+        states.append(torch.default_generator.get_state())
+    streams = Streams(torch.default_generator, states, (sizes, [part.shape[1] for part in tokens]))
+    usual = nn.functional.dropout
+    with streams.shared():
+        found = [nn.functional.dropout(torch.cat(rows), 0.4), dropout(torch.cat(tokens, 1), 0.4)]
+        unseen(True)
+        assert torch.equal(dropout(rows[0], 0.4), rows[0]), "nothing is drawn for what nobody sees"
+        unseen(False)
+        last = []
+        for number, part in enumerate(rows):
+            with of_block(number):
+                last.append(nn.functional.dropout(part, 0.4))
+    assert nn.functional.dropout is usual
+    assert torch.equal(found[0], torch.cat([each[0] for each in wanted]))
+    assert torch.equal(found[1], torch.cat([each[1] for each in wanted], 1))
+    assert all(torch.equal(part, each[2]) for part, each in zip(last, wanted, strict=True))

@@ -197,12 +197,12 @@ def test_a_training_with_a_cache_of_what_is_frozen_is_the_same_and_resumes_to_th
 def test_a_cache_is_bounded_filled_before_the_first_step_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
 
-    def train(*args: object, **settings: object) -> object:
+    def training(*args: object, **settings: object) -> object:
         seen.append((experiment.cache.num_texts, experiment.cache.num_bytes))
         return original(*args, **settings)
 
-    original = experiments.train
-    monkeypatch.setattr(experiments, "train", train)
+    original = experiments.training
+    monkeypatch.setattr(experiments, "training", training)
     for gib in (1.0, HALF):
         experiment = build(**UPPER, train=TrainSpec(epochs=1, eval_batch_size=4, cache="memory", cache_gib=gib))
         experiment.train(Notes(), None, GentleStop())

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.config import to_plain
 from lora_cli.disk import atomic_folder, write_atomic
 from lora_cli.errors import RunError
-from lora_cli.process import gentle_stop
+from lora_cli.process import GentleStop, gentle_stop
 from lora_cli.runs.directory import RunDirectory
 from lora_cli.runs.manifest import write_manifest
 from lora_cli.runs.registry import run_of
@@ -38,9 +38,22 @@ from lora_cli.trackers import Tracker, check_tracker, open_tracker
 
 if TYPE_CHECKING:
     from lora_cli.engine.checkpoint import Checkpoint, Progress
+    from lora_cli.engine.micro_step import Training
     from lora_cli.experiment import Experiment
 
-__all__ = ["complete", "load_splits", "make", "newest_checkpoint", "prepare", "report", "run"]
+__all__ = [
+    "complete",
+    "completing",
+    "going_on",
+    "kept_run",
+    "load_splits",
+    "make",
+    "newest_checkpoint",
+    "prepare",
+    "report",
+    "run",
+    "show",
+]
 
 Metrics = Mapping[str, float | None]
 
@@ -54,29 +67,71 @@ def run(spec: TrainRun, *, directory: Path | None = None, overrides: Sequence[st
         UserError: something given does not fit.
         TrainingFailure: the training cannot go on; its checkpoints stay.
     """
-    started, screen, config = time.perf_counter(), Screen(), to_plain(spec)
+    from lora_cli.engine.micro_step import alone
+
+    started, screen = time.perf_counter(), Screen()
+    kept = kept_run(spec, directory)
+    task = build_task(spec.task)
+    rows = load_splits(spec, task, screen)
+    return alone(going_on)(
+        spec,
+        rows,
+        lambda: prepare(spec, task, rows, screen),
+        screen,
+        kept=kept,
+        directory=directory,
+        overrides=overrides,
+        started=started,
+    )
+
+
+def kept_run(spec: TrainRun, directory: Path | None) -> RunDirectory | None:
+    """The run that `spec` is to go on with, if it is to and there is one; None: a new one, for which there is room.
+
+    Raises:
+        UserError: `directory` holds something else, or the tracker is not there.
+    """
     check_tracker(spec.tracker)
-    kept = run_of(config, directory) if spec.resume == "auto" else None
+    kept = run_of(to_plain(spec), directory) if spec.resume == "auto" else None
     if kept is not None:
         kept.check_plain()
     elif directory is not None:
         RunDirectory.check_free(directory)
-    task = build_task(spec.task)
-    if kept is None:
-        folder, metrics = make(spec, task, screen, directory=directory, overrides=overrides, started=started)
-        return report(screen, folder, metrics, spec.task)
-    rows, facts = load_splits(spec, task, screen), kept.facts()
-    if facts["status"] != "finished" and facts.get("extended"):
-        raise RunError(f"{kept.path}: was prolonged since; lora resume {shlex.quote(f'run={kept.path}')} continues it")
-    if facts["status"] == "finished":
-        _check_same_rows(kept, rows)
-        return report(screen, kept, facts["metrics"], spec.task)
+    return kept
 
-    experiment = prepare(spec, task, rows, screen)
-    with kept.held():
-        resume = newest_checkpoint(experiment, kept)
-        metrics = complete(experiment, kept, resume, screen, overrides=overrides, started=started)
-    return report(screen, kept, metrics, spec.task)
+
+def going_on(
+    spec: TrainRun,
+    rows: Mapping[str, Rows],
+    prepared: Callable[[], Experiment],
+    screen: Screen,
+    *,
+    kept: RunDirectory | None,
+    directory: Path | None,
+    overrides: Sequence[str],
+    started: float,
+    **how: Any,
+) -> Training[float | None]:
+    """The run `kept`, or a new one, from where it stands to its end; `how` is as for `completing`.
+
+    Raises:
+        UserError: something given does not fit.
+        TrainingFailure: the training cannot go on; its checkpoints stay.
+    """
+    if kept is not None:
+        facts = kept.facts()
+        if facts["status"] == "finished":
+            _check_same_rows(kept, rows)
+            return report(screen, kept, facts["metrics"], spec.task)
+        if facts.get("extended"):
+            how_to = f"lora resume {shlex.quote(f'run={kept.path}')} continues it"
+            raise RunError(f"{kept.path}: was prolonged since; {how_to}")
+    experiment = prepared()
+    folder = kept or RunDirectory.create(to_plain(spec), directory=directory, overrides=overrides)
+    with folder.held():
+        resume = newest_checkpoint(experiment, folder) if kept else None
+        metrics = yield from completing(experiment, folder, resume, screen, overrides=overrides, started=started, **how)
+    return report(screen, folder, metrics, spec.task)
 
 
 def make(
@@ -104,7 +159,7 @@ def prepare(spec: TrainRun, task: Task, rows: Mapping[str, Rows], screen: Screen
     from lora_cli.experiment import Experiment
 
     experiment = Experiment.build(spec, task, rows)
-    _show(screen, experiment)
+    show(screen, experiment)
     experiment.rehearse()
     return experiment
 
@@ -120,7 +175,14 @@ def newest_checkpoint(experiment: Experiment, folder: RunDirectory) -> Checkpoin
     return checkpoint.load_newest(folder.checkpoints, identity=_identity(experiment, folder))
 
 
-def complete(
+def complete(*args: Any, **kwargs: Any) -> dict[str, Metrics]:
+    """`completing`, with nothing else to wait for."""
+    from lora_cli.engine.micro_step import alone
+
+    return alone(completing)(*args, **kwargs)
+
+
+def completing(
     experiment: Experiment,
     folder: RunDirectory,
     resume: Checkpoint | None,
@@ -128,9 +190,12 @@ def complete(
     *,
     overrides: Sequence[str],
     started: float,
+    stopping: Callable[[], AbstractContextManager[GentleStop]] = gentle_stop,
     **facts: Any,
-) -> dict[str, Metrics]:
+) -> Training[dict[str, Metrics]]:
     """Train from `resume` or the start to the end, save and score; `facts` go into run.json when it begins.
+
+    `stopping` is for the time of the steps.
 
     Raises:
         TrainingFailure: the training cannot go on; its checkpoints stay.
@@ -147,8 +212,8 @@ def complete(
         if resume is not None:
             screen.fact("resumes", f"{folder.path} from step {resume.progress.step}")
         recording = _recording(folder, screen, spec, _identity(experiment, folder))
-        with recording as recorder, gentle_stop() as stop, suppress(Stopped):
-            progress, validated = experiment.train(recorder, resume, stop)
+        with recording as recorder, stopping() as stop, suppress(Stopped):
+            progress, validated = yield from experiment.training(recorder, resume, stop)
         experiment.save(folder.adapter)
         known = {} if validated is None else {"validation": validated}
         metrics: dict[str, Metrics] = {
@@ -268,7 +333,7 @@ def _recording(
         tracker.close()
 
 
-def _show(screen: Screen, experiment: Experiment) -> None:
+def show(screen: Screen, experiment: Experiment) -> None:
     """What was understood, before anything is trained."""
     task, base, injection = experiment.task, experiment.base, experiment.injection
     screen.fact("task", f"{task.spec.name}: {task.describe()}")

@@ -63,6 +63,13 @@ class Device:
         digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
+    @property
+    def generator(self) -> torch.Generator:
+        """What dropout draws from."""
+        if self.device.type == "cuda":
+            return torch.cuda.default_generators[self.device.index or torch.cuda.current_device()]
+        return torch.mps._get_default_mps_generator() if self.device.type == "mps" else torch.default_generator
+
     def peak_memory_mib(self) -> float:
         """Peak memory so far: the GPU's allocated bytes, or the process's resident set on a CPU."""
         if self.device.type == "cuda":

@@ -45,10 +45,13 @@ class Task(Protocol[S]):
     def scorer(self) -> S: ...
 
 
-def forward(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Logits of a batch; the loss is the task's. Labels go in only where they say which logits are wanted."""
+def forward(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], **how: Any) -> torch.Tensor:
+    """Logits of a batch; the loss is the task's. Labels go in only where they say which logits are wanted.
+
+    `how` are arguments of the model besides the batch.
+    """
     inputs = {name: value for name, value in batch.items() if name != "labels" or takes_labels(model)}
-    logits: torch.Tensor = model(**inputs).logits
+    logits: torch.Tensor = model(**inputs, **how).logits
     return logits
 
 

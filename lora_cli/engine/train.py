@@ -1,4 +1,4 @@
-"""The training loop. There is one, and all of it is here: forward, backward, clip, step, log, score, save."""
+"""The training loop. There is one, and all of it is here: gradients, clip, step, log, score, save."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from lora_cli.engine import checkpoint as checkpoints
 from lora_cli.engine.batches import BatchPlan
 from lora_cli.engine.checkpoint import Checkpoint, Progress, Tensors
 from lora_cli.engine.device import Device
-from lora_cli.engine.evaluate import Example, Scorer, Task, forward
+from lora_cli.engine.evaluate import Example, Scorer, Task
+from lora_cli.engine.micro_step import MicroStep, Training, alone
 from lora_cli.engine.optim import build_optimizer, rate, set_rate
 from lora_cli.engine.selfcheck import Movement
 from lora_cli.errors import TrainingFailure
 from lora_cli.spec import TrainSpec
 
-__all__ = ["Method", "Objective", "Outcome", "Recorder", "Stop", "Stopped", "total_steps", "train"]
+__all__ = ["Method", "Objective", "Outcome", "Recorder", "Stop", "Stopped", "total_steps", "train", "training"]
 
 T = TypeVar("T")
 _MAX_SKIPPED = 20
@@ -109,7 +110,7 @@ class Outcome:
     last_scorer: Scorer | None
 
 
-def train(
+def training(
     model: torch.nn.Module,
     task: Task[Scorer],
     examples: Sequence[Example],
@@ -126,8 +127,8 @@ def train(
     resume: Checkpoint | None = None,
     method: Method | None = None,
     stop: Stop = _NEVER,
-) -> Outcome:
-    """Train `model` in place on `examples`.
+) -> Training[Outcome]:
+    """Train `model` in place on `examples`, and ask for the gradients of each micro-batch.
 
     `groups` are the optimizer's parameter groups, `trained` returns copies of the tensors that a checkpoint holds,
     `score` scores the validation split. With `resume` (whose tensors are already in the model) the remaining
@@ -206,14 +207,14 @@ def train(
         for number, cpu_batch in enumerate(batches):
             if stop.is_asked:
                 end_early()
-            batch = device.move(cpu_batch)
-            # Seeded by the step: dropout then owes nothing to what ran before, be it a scoring or an earlier process.
-            device.seed(dropout_seed, step, number)
-            with device.autocast():
-                loss = task.loss(forward(model, batch), batch)
-            # Divided by the targets of the whole step, so that accumulation equals one big batch.
-            scaler.scale(loss / max(1, targets)).backward()  # type: ignore[no-untyped-call]
-            loss_sum += loss.detach()
+            wanted = MicroStep(
+                model, task, device.move(cpu_batch), device, (dropout_seed, step, number), targets, scaler
+            )
+            asked = time.perf_counter()
+            answer = yield wanted
+            # The rest of the wait was others' time.
+            started += time.perf_counter() - asked - answer.seconds
+            loss_sum += answer.loss
         if method:
             scaler.scale(method.penalty()).backward()  # type: ignore[no-untyped-call]
         scaler.unscale_(optimizer)
@@ -251,6 +252,10 @@ def train(
         if progress.stopped_early:
             break
     return Outcome(progress, total, best, best_scorer, last_scorer)
+
+
+train = alone(training)
+"""A whole training by itself."""
 
 
 def total_steps(spec: TrainSpec, num_examples: int) -> int:

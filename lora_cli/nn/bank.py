@@ -155,6 +155,7 @@ class Bank:
         for name, slot in self._slots(used).items():
             slot.start(seating, is_training=self.model.training)
             module = self.model.get_submodule(name)
+            yield module.register_forward_pre_hook(slot.begin)
             yield module.register_forward_hook(slot.answer, with_kwargs=True)
             if name not in self._called:
                 parent = self.model.get_submodule(name.rpartition(".")[0])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lora_cli.dropout import of_block, unseen
 from lora_cli.errors import AdapterError
 from lora_cli.nn.layers import LoraLayer
 from lora_cli.nn.seats import Seating, Seats
@@ -46,6 +48,18 @@ class Part:
         pair = module.pair() if is_beside and isinstance(module, LoraLayer) else None
         return cls(module, is_beside, None if pair is None else len(pair[0]))
 
+    def compute(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, take: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The module's output for the adapter's rows, which `take` takes of any tensor; `output` is the base's."""
+        own = [take(x) for x in args]
+        if self.is_beside:
+            assert isinstance(self.module, LoraLayer | TokenRows)
+            return self.module.adapted(own[0], take(output))
+        # Past its hooks: what they do to a batch, the base's have done.
+        computed: Tensor = self.module.forward(*own, **{key: take(x) for key, x in kwargs.items()})
+        return computed
+
 
 class Slot:
     """What the adapters of a batch do to one module's output. `parts`: number of an adapter → what computes it."""
@@ -54,6 +68,7 @@ class Slot:
         self.name, self._parts = name, parts
         self._layers = {n: part.module for n, part in parts.items() if part.rank and isinstance(part.module, LoraLayer)}
         self._others = {number: part for number, part in parts.items() if number not in self._layers}
+        self._replacing = {number for number, part in self._others.items() if not part.is_beside}
         self._rank = sum(part.rank or 0 for part in parts.values())
         self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
         self._stack: _Stack | None = None
@@ -67,9 +82,14 @@ class Slot:
             if part.module.training != is_training:
                 part.module.train(is_training)
 
+    def begin(self, module: nn.Module, args: object) -> None:
+        """The module's forward pre-hook."""
+        unseen(self._seating.present <= self._replacing)
+
     def answer(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Tensor:
         """The module's forward hook."""
         self.was_called = True
+        unseen(False)
         x, *others = (*args, *kwargs.values())
         if not all(isinstance(each, Tensor) for each in (x, output, *others)):
             raise AdapterError(f"{self.name}: takes or returns more than tensors, so rows cannot differ there")
@@ -97,7 +117,8 @@ class Slot:
         for number, layer in layers.items():
             if seats.has(number):
                 A, B = self._pairs[number]
-                h = functional.linear(layer.dropout(seats.take(x, number)), A.to(x.dtype))
+                with of_block(number):
+                    h = functional.linear(layer.dropout(seats.take(x, number)), A.to(x.dtype))
                 output = seats.add(output, number, functional.linear(h, B.to(h.dtype)).to(output.dtype))
         return output
 
@@ -133,12 +154,7 @@ class Slot:
         found = {}
         for number, part in self._others.items():
             if seats.has(number):
-                own = [seats.take(x, number) for x in args]
-                if part.is_beside:
-                    assert isinstance(part.module, LoraLayer | TokenRows)
-                    y = part.module.adapted(own[0], seats.take(output, number))
-                else:
-                    # Past its hooks: what they do to a batch, the base's have done.
-                    y = part.module.forward(*own, **{key: seats.take(x, number) for key, x in kwargs.items()})
+                with of_block(number):
+                    y = part.compute(args, kwargs, output, partial(seats.take, number=number))
                 found[number] = y.to(output.dtype)
         return seats.put(output, found)

@@ -82,6 +82,8 @@ class Seating:
 
     def __init__(self, numbers: Sequence[int], num_adapters: int, device: torch.device) -> None:
         self._numbers_N = torch.tensor(numbers)
+        self.present = frozenset(numbers)
+        """All numbers among them."""
         self._num_adapters, self._device = num_adapters, device
         self._is_one = num_adapters == 1 and min(numbers) == 0
         self._owners: dict[int, Tensor] = {}

@@ -97,6 +97,7 @@ _FIELDS: dict[str, tuple[_Fits, str]] = {
     "versions": (_table(_text), "a table of versions"),
     "eval_batch_size": (_whole(1, 1 << 20), "a whole number from 1 to 1048576"),
     "packing": (lambda value: type(value) is bool, "true or false"),
+    "fused": (_whole(1, _MAX_ENTRIES), "a number of trainings"),
     "init_seed": (_SEED, "a seed"),
     "data_seed": (_SEED, "a seed"),
 }
