@@ -369,7 +369,7 @@ CASES: dict[str, Case] = {
     ),
     **{f"adapters-{number}": _mixed_case(number) for number in MIXED},
     "sweep": _case(
-        "MRPC, MiniLM, batch 32, one epoch of all 3,668 rows at r=2, 4, 8 and 16: four trainings, from nothing to the end",
+        "MRPC, MiniLM, batch 32, one epoch of all 3,668 rows at r=2, 4, 8 and 16, from nothing to the last run",
         {
             "fused, in turns": partial(sweep, name="fused", words=["hydra/launcher=fused"]),
             "fused, mixed": partial(sweep, name="mixed", words=["hydra/launcher=fused", "hydra.launcher.mixed=true"]),
