@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,13 +34,32 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
+        # add_hparams would add a point to each metric's curve.
+        from torch.utils.tensorboard.summary import hparams
+
+        metrics = dict.fromkeys(f"validation/{name}" for name in (*config["task"]["metrics"], "loss"))
+        self._parts: list[Any] = [*hparams(_settings(config), metrics)]  # type: ignore[no-untyped-call]
+        for part in self._parts[:2]:
+            self._say(part)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        self._say(self._parts[-1])
         self._writer.close()
+
+    def _say(self, part: Any) -> None:
+        self._writer.file_writer.add_summary(part)
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What TensorBoard compares the runs of a sweep by: task, model, seed, and all of lora and train."""
+    named = {"task": config["task"]["name"], "model": config["model"]["name"], "seed": config["seed"]}
+    keys = {f"{group}.{key}": value for group in ("lora", "train") for key, value in config[group].items()}
+    known = {key: value for key, value in keys.items() if value is not None and not isinstance(value, Mapping)}
+    return named | {key: str(value) if isinstance(value, Sequence) else value for key, value in known.items()}
 
 
 class _Wandb:

@@ -187,7 +187,7 @@ def test_a_group_swept_over_is_named_as_it_was_typed(films: Path, call) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
 def test_launchers_of_others_run_the_same_sweep_to_the_same_bits(launcher: str, films: Path, call) -> None:
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
     theirs = call(*SHORT, "lora.r=2,0,4", f"hydra/launcher={launcher}", "hydra.sweep.dir=theirs")

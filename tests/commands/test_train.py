@@ -73,8 +73,21 @@ def test_results_are_on_stdout_and_progress_on_stderr(finished: Finished) -> Non
     assert "\x1b[" not in out + err
 
 
-def test_the_tracker_wrote_an_event_file(finished: Finished) -> None:
-    assert list((finished.path / "tensorboard").glob("events.out.tfevents.*"))
+def test_the_tracker_has_the_metrics_and_settings_of_the_run(finished: Finished) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    events = EventAccumulator(str(finished.path / "tensorboard")).Reload()
+    rows = [row for row in read_jsonl(finished.path / "metrics.jsonl") if "validation/accuracy" in row]
+    found = [(event.step, event.value) for event in events.Scalars("validation/accuracy")]
+    assert found == [(row["step"], pytest.approx(row["validation/accuracy"])) for row in rows]
+    parts = events.PluginTagToContent("hparams")
+    told = HParamsPluginData.FromString(parts["_hparams_/session_start_info"]).session_start_info.hparams
+    assert (told["lora.r"].number_value, told["task"].string_value) == (8, "text_classification")
+    assert told["train.batch_size"].number_value == 8
+    experiment = HParamsPluginData.FromString(parts["_hparams_/experiment"]).experiment
+    assert "validation/accuracy" in {info.name.tag for info in experiment.metric_infos}
+    assert "_hparams_/session_end_info" in parts
 
 
 def test_nothing_dialled_out(finished: Finished) -> None:
