@@ -147,7 +147,8 @@ def mixed(place: Workplace, folder: Path, *, kind: str, number: int) -> Figures:
 
 def sweep(place: Workplace, folder: Path, *, name: str, words: Sequence[str]) -> Figures:
     """`lora train -m` over ranks, from nothing to the leaderboard; memory is that of the largest job."""
-    swept = [*MRPC, *TRAIN, *LORA[1:], f"lora.r={','.join(map(str, SWEPT))}", f"seed={place.seed}", *words]
+    ranks, rows = f"lora.r={','.join(map(str, SWEPT))}", f"task.data.train_limit={place.rows}"
+    swept = [*MRPC, *TRAIN, *LORA[1:], ranks, rows, f"seed={place.seed}", *words]
     wall_s, _ = measure(
         ["-m", "lora_cli", "train", "-m", *swept, f"hydra.sweep.dir={folder / name}"], folder, place.threads
     )
@@ -369,7 +370,7 @@ CASES: dict[str, Case] = {
     ),
     **{f"adapters-{number}": _mixed_case(number) for number in MIXED},
     "sweep": _case(
-        "MRPC, MiniLM, batch 32, one epoch of all 3,668 rows at r=2, 4, 8 and 16, from nothing to the last run",
+        "MRPC, MiniLM, batch 32, r=2, 4, 8 and 16 on query and value, one epoch each, from nothing to the last run",
         {
             "fused, in turns": partial(sweep, name="fused", words=["hydra/launcher=fused"]),
             "fused, mixed": partial(sweep, name="mixed", words=["hydra/launcher=fused", "hydra.launcher.mixed=true"]),
