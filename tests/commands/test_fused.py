@@ -30,6 +30,8 @@ def test_fused_jobs_are_the_runs_of_isolated_ones_to_the_last_byte(films: Path, 
         assert contents(Path("fused", number)) == contents(Path(f"alone-{r}"))
         assert json.loads(Path("fused", number, "run.json").read_text())["fused"] == 2
     assert call("verify", "run=fused/4").code == 0
+    assert call("report", "run=fused/4").code == 0
+    assert "2 trainings on one base model" in Path("fused/4/report.html").read_text(encoding="utf-8")
 
 
 def test_a_process_that_is_killed_costs_its_jobs_and_the_same_words_go_on_from_their_checkpoints(
