@@ -86,7 +86,7 @@ class Pool:
         """Those that can be asked for: name → adapter."""
         self.num_loaded = self.num_evicted = self.num_reloaded = 0
         self.max_adapters, self._max_bytes, self._watch = max_adapters, max_bytes, watch
-        self._force_base, self._warn = force_base, warn
+        self._force_base, self.warn = force_base, warn
         self.first = next(iter(self.entries.values()))
         self.base = _base_of(self.first, device)
         self.bank = Bank(self.base.model, fresh=self.base.fresh, fingerprint=self.base.fingerprint)
@@ -154,7 +154,7 @@ class Pool:
             except Full:
                 raise
             except (LoraError, OSError) as error:
-                self._warn(f"{name}: {error}")
+                self.warn(f"{name}: {error}")
                 if found is None:
                     raise Unavailable(f"the adapter {name} cannot be loaded") from error
         self._loaded.move_to_end(name)

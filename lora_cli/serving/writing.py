@@ -20,6 +20,7 @@ from lora_cli.serving.cache import Rows, prefill
 from lora_cli.serving.jobs import Job, Piece, Token, WriteJob
 from lora_cli.serving.pool import Full, Pool, Ready
 from lora_cli.serving.sampling import drawn, generator_of, ranked
+from lora_cli.spec import DecodeSpec
 from lora_cli.tasks import Classification, Query, build_task
 from lora_cli.tasks import Rows as TaskRows
 from lora_cli.terminal import Streamer
@@ -110,8 +111,10 @@ class Writing:
     @property
     def num_tokens(self) -> int:
         """Tokens that what is begun may come to."""
+        # Copies: other threads ask, for the metrics.
         answers = sum(answer.num_tokens for answer in (*self._running, *self._new))
-        return answers + sum((query.num_tokens + job.decode.max_new_tokens) * job.n for job, _, query in self._whole)
+        whole = tuple(self._whole)
+        return answers + sum((query.num_tokens + job.decode.max_new_tokens) * job.n for job, _, query in whole)
 
     def begin(self, waiting: deque[Job]) -> None:
         """Take jobs from the left, as many as there is room for."""
@@ -165,7 +168,7 @@ class Writing:
         size = (query.num_tokens + job.decode.max_new_tokens) * job.n
         if not self.is_idle and self.num_tokens + size > self._budget:
             return False
-        if not is_stepwise(self._pool, job):
+        if not is_stepwise(self._pool, job.decode):
             self._pool.hold(ready)
             self._whole.append((job, ready, query))
             return True
@@ -277,9 +280,8 @@ class Writing:
         return answers
 
 
-def is_stepwise(pool: Pool, job: WriteJob) -> bool:
+def is_stepwise(pool: Pool, decode: DecodeSpec) -> bool:
     """Whether the answer is written token by token, so that it can be told as it comes."""
-    decode = job.decode
     plain = (decode.num_beams, decode.no_repeat_ngram, decode.repetition_penalty) == (1, 0, 1.0)
     return plain and pool.base.decoder_start is None
 
