@@ -86,7 +86,7 @@ class Shelf:
         """
         path = self._paths.get(name)
         if path is None or not path.is_dir():
-            raise RunError(f"{name}: its folder is gone")
+            raise RunError(f"{path or name}: the folder is gone")
         folder = None if is_bare_adapter(path) else RunDirectory(path)
         if folder is not None:
             folder.check_plain()

@@ -33,22 +33,28 @@ class Labelling:
         return not self._items
 
     def begin(self, waiting: deque[Job]) -> None:
-        """Take jobs from the left until there is work for a forward pass."""
-        while waiting and self.num_tokens < self._budget:
-            job = waiting[0]
+        """Take jobs from the left until there is work for a forward pass.
+
+        Those whose adapter has no room yet are passed over; the first of them is the first of the next batch.
+        """
+        passed: deque[Job] = deque()
+        is_new = not self._items
+        while waiting and self.num_tokens < self._budget and (is_new or not passed):
+            job = waiting.popleft()
             assert isinstance(job, LabelJob)
             if job.is_over:
                 job.give_up()
-            else:
-                try:
-                    self._begin(job)
-                except Full as error:
-                    if self._items:
-                        return  # There is room when these are done.
+                continue
+            try:
+                self._begin(job)
+            except Full as error:
+                if self._items:
+                    passed.append(job)
+                else:
                     job.tell(error)
-                except Exception as error:
-                    job.tell(error)
-            waiting.popleft()
+            except Exception as error:
+                job.tell(error)
+        waiting.extendleft(reversed(passed))
 
     def step(self) -> None:
         """One forward pass; if it fails, each row is tried alone, so that the one at fault fails alone."""

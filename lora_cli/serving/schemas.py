@@ -32,6 +32,14 @@ class _Body(BaseModel):
     # A field that does not exist is a wish that would not be met.
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_numbers(cls, values: Any) -> Any:
+        """3.0 is a whole number to JSON, but not to Python's strict types."""
+        if not isinstance(values, dict):
+            return values
+        return {key: int(x) if isinstance(x, float) and x.is_integer() else x for key, x in values.items()}
+
 
 class ClassifyRequest(_Body):
     """Texts to be classified."""
@@ -74,15 +82,6 @@ class WriteRequest(_Body):
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
     user: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _whole_zeros(cls, values: Any) -> Any:
-        """0.0 is 0 to JSON, but not to a strict literal."""
-        if isinstance(values, dict):
-            zeros = {key: 0 for key in ("frequency_penalty", "presence_penalty") if values.get(key) == 0.0}
-            return {**values, **{key: zero for key, zero in zeros.items() if type(values[key]) is float}}
-        return values
 
     @property
     def stops(self) -> list[str]:
