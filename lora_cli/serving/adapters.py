@@ -93,7 +93,7 @@ class Shelf:
         facts = {} if folder is None else folder.facts()
         where = find_adapter(str(path))
         # Before anything is read: what changes meanwhile is seen as a change later.
-        stamp = stamp_of(where)
+        stamp = _stamp_of(where)
         file = read_adapter(where)
         run = read_train_run(read_saved_config(path)) if folder is not None else None
         task, model = (run.task, run.model) if run else (self._task, self._model)
@@ -116,7 +116,7 @@ class Shelf:
     def has_changed(self, entry: Entry) -> bool:
         """Whether another adapter lies where `entry` was read."""
         try:
-            return stamp_of(entry.file.folder) != entry.stamp
+            return _stamp_of(entry.file.folder) != entry.stamp
         except OSError:
             return False  # It is just being replaced, or gone: what is in memory still answers.
 
@@ -130,7 +130,7 @@ class Shelf:
         return {name: path for name, path in found.items() if _NAME.fullmatch(name)}
 
 
-def stamp_of(folder: Path) -> Stamp:
+def _stamp_of(folder: Path) -> Stamp:
     """What changes when an adapter is replaced, or written anew."""
     files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors"))
     return tuple((found.st_ino, found.st_size, found.st_mtime_ns) for found in (file.lstat() for file in files))
