@@ -14,20 +14,15 @@ from typing import Any
 import aiohttp
 
 CHROMIUM = shutil.which("chromium")
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--remote-debugging-port=0",
-)
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
+Seen = tuple[Any, list[str], bytes]
+"""(what a script returned, what the console complained of, a picture as PNG)"""
 
 
-async def visit(
-    address: str, script: str, folder: Path, *, width: int, dark: bool = False
-) -> tuple[Any, list[str], bytes]:
-    """(what the script returns on the page at `address`, what the console complained of, a picture as PNG)."""
-    words = [str(CHROMIUM), *FLAGS, f"--user-data-dir={folder / 'profile'}", "about:blank"]
+async def visit(address: str, script: str, folder: Path, *, width: int, dark: bool = False) -> Seen:
+    """What is seen where the script is run on the page at `address`."""
+    profile = f"--user-data-dir={folder / 'profile'}"
+    words = [str(CHROMIUM), *FLAGS, "--remote-debugging-port=0", profile, "about:blank"]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         port = await _port(folder / "profile" / "DevToolsActivePort")
