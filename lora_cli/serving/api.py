@@ -139,7 +139,7 @@ class _Routes:
         finally:
             asking.close()
         self._metrics.rows(body.model, len(answers))
-        data = [{"index": index, **answer} for index, answer in enumerate(answers)]
+        data = [{"index": index, **_rounded(answer)} for index, answer in enumerate(answers)]
         return {"object": "list", "model": body.model, "data": data}
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
@@ -288,6 +288,12 @@ class _Routes:
             "labels": list(labels) if labels is not None else None,
             "base": self._pool.base.base_name,
         }
+
+
+def _rounded(answer: dict[str, Any]) -> dict[str, Any]:
+    """Probabilities to six digits, as `lora infer` writes them."""
+    found = answer.get("probabilities")
+    return answer if found is None else {**answer, "probabilities": {name: round(p, 6) for name, p in found.items()}}
 
 
 def _parts(text: str | dict[str, str] | Sequence[str]) -> Sequence[str]:
