@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from lora_cli.errors import AdapterError, ConfigError, RunError, UnknownName
 from lora_cli.runs.directory import read_saved_config
 from lora_cli.saved import Saved, open_saved
 from lora_cli.serving.adapters import Shelf
+from lora_cli.serving.jobs import Job, LabelJob, Late
+from lora_cli.serving.labelling import Labelling
 from lora_cli.serving.pool import Full, Labelled, Pool, Unavailable
 from lora_cli.spec import DeviceSpec, InferRun
 from lora_cli.tasks import Classification, Rows
@@ -191,3 +195,65 @@ def test_a_folder_of_nothing_is_refused(tmp_path: Path) -> None:
 def test_links_in_a_folder_are_no_adapters(own: Path) -> None:
     (own / "latest").symlink_to(own / "a")
     assert list(Shelf([str(own)]).entries) == ["a", "b"]
+
+
+def label(name: str, texts: Sequence[str], told: list[Any], **settings: Any) -> LabelJob:
+    return LabelJob(name=name, rows=[{"text": text} for text in texts], tell=told.append, **settings)
+
+
+def finish(work: Labelling, waiting: deque[Job]) -> None:
+    while waiting or not work.is_idle:
+        work.begin(waiting)
+        work.step()
+
+
+def test_jobs_are_answered_in_batches_of_a_budget(films: Path, pool_of: Callable[..., Pool]) -> None:
+    pool, told, sizes = pool_of(films), [list[Any](), list[Any]()], list[int]()
+    classify = pool.classify
+    pool.classify = lambda rows: sizes.append(len(rows)) or classify(rows)  # type: ignore[method-assign]
+    finish(Labelling(pool, 30), deque([label("a", TEXTS, told[0]), label("two", TEXTS, told[1])]))
+    assert [[row["label"] for row in each[0]] for each in told] == [
+        [row["label"] for row in classify(items(pool, [name] * 5))] for name in ("a", "two")
+    ]
+    assert len(sizes) > 3, "no batch has more tokens than may be"
+    assert max(sizes) > 1
+    assert not pool._held
+
+
+def test_a_row_that_fails_fails_alone(films: Path, pool_of: Callable[..., Pool]) -> None:
+    pool, good, bad = pool_of(films), list[Any](), list[Any]()
+    classify = pool.classify
+
+    def fail(rows: Sequence[Labelled]) -> list[dict[str, Any]]:
+        if any(row.ready.entry.name == "two" for row in rows):
+            raise RuntimeError("out of registers")
+        return classify(rows)
+
+    pool.classify = fail  # type: ignore[method-assign]
+    finish(Labelling(pool, 4096), deque([label("a", TEXTS, good), label("two", TEXTS, bad)]))
+    assert [row["label"] for row in good[0]] == [row["label"] for row in classify(items(pool, ["a"] * 5))]
+    assert [str(error) for error in bad] == ["out of registers"], "told once"
+    assert not pool._held
+
+
+def test_who_is_late_or_gone_is_not_computed(films: Path, pool_of: Callable[..., Pool]) -> None:
+    pool, told = pool_of(films), [list[Any](), list[Any](), list[Any]()]
+    jobs = [label("a", TEXTS, each) for each in told]
+    work = Labelling(pool, 4096)
+    work.begin(deque(jobs))
+    jobs[0].is_cancelled, jobs[1].deadline = True, 0.0
+    finish(work, deque())
+    assert told[0] == []
+    assert isinstance(told[1][0], Late)
+    assert len(told[2][0]) == 5
+    assert not pool._held
+
+
+def test_texts_whose_adapter_has_no_room_are_passed_over_once(films: Path, pool_of: Callable[..., Pool]) -> None:
+    pool, order = pool_of(films, max_adapters=1), list[str]()
+    jobs = [label(name, ["aa"], [], deadline=float("inf")) for name in ("a", "b", "a", "b", "a")]
+    for job in jobs:
+        job.tell = lambda _, name=job.name: order.append(name)  # type: ignore[misc]
+    finish(Labelling(pool, 4096), deque(jobs))
+    assert order == ["a", "a", "a", "b", "b"]
+    assert pool.num_loaded == 2
