@@ -47,7 +47,9 @@ def post(port: int, body: dict[str, Any]) -> tuple[int, Any]:
         return found.status, json.loads(found.read())
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_it_after_what_was_begun(number: signal.Signals, code: int, run: Path) -> None:
     server, port = started(f"run={run}", cwd=run.parent)
     body = {"model": run.name, "prompt": "hi", "max_tokens": 300, "temperature": 1.5, "seed": 1}

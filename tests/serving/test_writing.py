@@ -26,7 +26,10 @@ from .conftest import copies, move, train
 PROMPTS = ["hi", "a rather long question about the weather of tomorrow", "ok then", "b"]
 
 
-@pytest.fixture(scope="session", params=["tiny-llama", "tiny-gpt2", "tiny-bloom", "tiny-t5"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("tiny-gpt2", "tiny-bloom")]
+
+
+@pytest.fixture(scope="session", params=["tiny-llama", "tiny-t5", *SLOW])
 def writers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, forked) -> Path:
     """A folder of runs x and y that answer prompts, of one family."""
     home = tmp_path_factory.mktemp("writers")
