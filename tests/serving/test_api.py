@@ -195,7 +195,8 @@ def _turn(text: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_takes_its_answer_with_it(stream: bool, writer: Served) -> None:
-    body = {"model": "x", "prompt": "hi", "max_tokens": 450, "stream": stream, "temperature": 1.0, "seed": 1}
+    # Of so many answers one is long, wherever end marks are drawn.
+    body = {"model": "x", "prompt": "hi", "max_tokens": 450, "stream": stream, "temperature": 2.0, "seed": 1, "n": 16}
     before = writer.scheduler.num_steps
     connection = http.client.HTTPConnection("127.0.0.1", writer.port)
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -204,7 +205,7 @@ def test_a_client_that_leaves_takes_its_answer_with_it(stream: bool, writer: Ser
     connection.sock.shutdown(socket.SHUT_RDWR)
     connection.close()
     wait_until(lambda: writer.scheduler.num_tokens == 0)
-    assert writer.scheduler.num_steps - before < 400, "the answer was broken off"
+    assert writer.scheduler.num_steps - before < 300, "the answer was broken off"
 
 
 @pytest.mark.slow
