@@ -22,7 +22,7 @@ from lora_cli.unpadded import remove_padding
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Saved", "open_saved"]
+__all__ = ["Saved", "open_saved", "task_of", "with_tokens"]
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun, *, keep_padding: b
     if folder is not None and not folder.adapter.is_dir():
         raise RunError(f"{path}: has no adapter (status {facts['status']}); lora train resume=auto finishes a run")
     adapter = read_adapter(path if folder is None else folder.adapter)
-    task = _task_of(spec.task, facts.get("labels") or adapter.extra.get("labels"), path)
+    task = task_of(spec.task, facts.get("labels") or adapter.extra.get("labels"), path)
     device = open_device(spec.device)
     base = load_base(
-        _with_tokens(spec.model, adapter.extra.get("tokens"), path),
+        with_tokens(spec.model, adapter.extra.get("tokens"), path),
         **task.head,
         seed=int(facts.get("init_seed", 0)),
         dtype=device.dtype,
@@ -121,8 +121,12 @@ def _quantization_of(name: Any, path: Path) -> str:
     return str(name)
 
 
-def _with_tokens(spec: ModelSpec, tokens: Any, path: Path) -> ModelSpec:
-    """The model with the tokens that the adapter was trained with, where none are named."""
+def with_tokens(spec: ModelSpec, tokens: Any, path: Path) -> ModelSpec:
+    """The model with the tokens that the adapter was trained with, where none are named.
+
+    Raises:
+        AdapterError: it was trained with others.
+    """
     if not tokens or spec.add_tokens == tokens:
         return spec
     if spec.add_tokens or not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
@@ -133,8 +137,13 @@ def _with_tokens(spec: ModelSpec, tokens: Any, path: Path) -> ModelSpec:
         raise AdapterError(f"{path}: {printable(error, 180)}") from error
 
 
-def _task_of(spec: TaskSpec, labels: Sequence[str] | None, path: Path) -> Task:
-    """The task, with the labels that the adapter was trained with."""
+def task_of(spec: TaskSpec, labels: Sequence[str] | None, path: Path) -> Task:
+    """The task, with the labels that the adapter was trained with.
+
+    Raises:
+        AdapterError: the labels are not the task's.
+        DataError: nothing says the labels.
+    """
     if not isinstance(spec, ClassificationSpec):
         return build_task(spec)
     if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)):

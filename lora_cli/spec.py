@@ -67,6 +67,8 @@ __all__ = [
     "RerunRun",
     "ResumeRun",
     "RunsRun",
+    "ServeRun",
+    "ServeSpec",
     "SweepSpec",
     "TaskSpec",
     "TextSpec",
@@ -897,6 +899,74 @@ class ChatRun:
 
 
 @dataclass(kw_only=True)
+class ServeSpec:
+    """How adapters are served."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; one that other machines reach needs a token."""
+    port: int = 8000
+    """Port to listen on; 0: any free one."""
+    token_file: str | None = None
+    """File with the token that every request but those for health has to bear; null: LORA_SERVE_TOKEN, if it is set."""
+    max_adapters: int = 64
+    """Adapters in memory; the least recently used one leaves for another."""
+    max_bytes: int | None = None
+    """Bytes that adapters may take in memory beside the base; null: no limit."""
+    watch: bool = False
+    """Read an adapter anew when its run has saved another one."""
+    batch_tokens: int = 4096
+    """Tokens computed at once, and, of answers that are being written, kept at once."""
+    max_queue: int = 1024
+    """Texts that may wait; further requests are answered with 429."""
+    max_connections: int = 256
+    """Connections at a time; further ones are answered with 503."""
+    max_body: int = 1 << 20
+    """Bytes of a request; larger ones are answered with 413."""
+    max_text: int = 100_000
+    """Characters of a request's texts together; longer ones are answered with 413."""
+    timeout_s: float = 60.0
+    """Seconds that a request may take; then it is answered with 503."""
+    grace_s: float = 10.0
+    """Seconds that running requests get when the server is stopped."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_adapters", "batch_tokens", "max_queue", "max_connections", "max_body", "max_text"):
+            _at_least(f"serve.{name}", getattr(self, name), 1)
+        _at_least("serve.max_bytes", self.max_bytes, 1, optional=True)
+        if not 0 <= self.port <= 65535:
+            raise ConfigError("serve.port", self.port, "a whole number from 0 to 65535")
+        for name in ("timeout_s", "grace_s"):
+            _positive(f"serve.{name}", getattr(self, name))
+
+
+@dataclass(kw_only=True)
+class ServeRun:
+    """lora serve: answer over HTTP, with many adapters on one base."""
+
+    run: str = "???"
+    """Runs and adapter folders, or folders of them, with commas between; each is asked for by its folder's name."""
+    serve: ServeSpec = field(default_factory=ServeSpec)
+    """How they are served."""
+    task: TaskSpec | None = None
+    """The task of adapters without a run."""
+    model: ModelSpec | None = None
+    """The base model; the runs' own unless given."""
+    device: DeviceSpec = field(default_factory=DeviceSpec)
+    """The machine."""
+    force_base: bool = False
+    """Use adapters even if the base model's fingerprint is not the one they were trained on."""
+
+    @property
+    def runs(self) -> list[str]:
+        """What `run` names, one by one."""
+        return [name.strip() for name in self.run.removeprefix("[").removesuffix("]").split(",") if name.strip()]
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ConfigError("run", self.run, "needs a value: run=a,b or a folder of runs")
+
+
+@dataclass(kw_only=True)
 class MergeRun:
     """lora merge: write a plain model with a saved run's adapter merged into its weights."""
 
@@ -1217,6 +1287,7 @@ VERBS: dict[str, type] = {
     "eval": EvalRun,
     "infer": InferRun,
     "chat": ChatRun,
+    "serve": ServeRun,
     "data": DataRun,
     "compare": CompareRun,
     "runs": RunsRun,

@@ -63,6 +63,11 @@ class Started:
         """The exit code; None while it runs."""
         return self._process.exitcode
 
+    @property
+    def said(self) -> str:
+        """What it has written to stdout so far."""
+        return self._streams[1].read_text(encoding="utf-8")
+
     def send_signal(self, number: signal.Signals) -> None:
         """Nothing happens if it has ended."""
         if self._process.exitcode is None:

@@ -22,7 +22,7 @@ LAYERS = (
     ("reader",),
     ("engine", "help", "merged", "models", "onnx_file", "preview"),
     ("certificate", "comparison_view", "experiment", "reuse", "saved"),
-    ("report_page",),
+    ("report_page", "serving"),
     ("commands", "sweep_view"),
     ("together",),
     ("launchers",),
@@ -34,7 +34,7 @@ LAYERS = (
 RANKS = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 STDLIB_ONLY = ("errors", "spec")
-TORCH_AT_IMPORT = ("nn", "engine", "experiment", "frozen_cache", "merged", "onnx_file", "saved")
+TORCH_AT_IMPORT = ("nn", "engine", "experiment", "frozen_cache", "merged", "onnx_file", "saved", "serving")
 HEAVY = ("torch", "transformers", "datasets", "evaluate", "sklearn", "scipy", "pyarrow", "huggingface_hub")
 COMPUTED = {f"{name}_seed" for name in ("init", "data", "dropout")}
 COMPUTED |= {f"{split}{limit}" for split in ("train", "validation", "test") for limit in ("", "_limit")}

@@ -97,10 +97,10 @@ def test_a_terminal_shows_what_it_gets_and_obeys_none_of_it(text: str, shown: st
 @settings(max_examples=150, deadline=None)
 @given(text=TEXTS, stops=st.lists(st.text("ab .\n", min_size=1, max_size=3), max_size=2))
 def test_what_is_streamed_is_the_answer_that_generate_gives(text: str, stops: list[str]) -> None:
-    from lora_cli.engine.generate import _text
+    from lora_cli.engine.generate import text_of
 
     ids = [*ids_of(text), EOS]
     streamer, out = stream(ids, stops=stops)
-    assert streamer.text == _text(ids, TOKENIZER, [EOS], stops)
+    assert streamer.text == text_of(ids, TOKENIZER, [EOS], stops)
     assert out.getvalue() == plain(streamer.text)
     assert all(later.startswith(earlier) for earlier, later in zip(out.shown, out.shown[1:], strict=False))

@@ -12,7 +12,7 @@ from lora_cli.engine.batches import by_length
 from lora_cli.engine.device import Device
 from lora_cli.spec import DecodeSpec
 
-__all__ = ["Asked", "generate"]
+__all__ = ["Asked", "ends_of", "generate", "has_stop", "padded", "text_of"]
 
 
 class Asked(Protocol):
@@ -46,7 +46,7 @@ def generate(
     config = _config(model, decode, tokenizer)
     writes_on, pad, done = not model.config.is_encoder_decoder, int(tokenizer.pad_token_id), 0
     for number, indices in enumerate(by_length([query.num_tokens for query in queries], batch_size)):
-        batch = device.move(_padded([queries[index].input_ids for index in indices], pad, left=writes_on))
+        batch = device.move(padded([queries[index].input_ids for index in indices], pad, left=writes_on))
         # A decoder's output begins with its prompt, an encoder-decoder's with its start token.
         start = batch["input_ids"].shape[1] if writes_on else 1
         if decode.sample:
@@ -60,7 +60,7 @@ def generate(
             )
         done += len(indices)
         progress(done, len(queries))
-        texts = (_text(ids, tokenizer, config.eos_token_id, decode.stop) for ids in found[:, start:].tolist())
+        texts = (text_of(ids, tokenizer, config.eos_token_id, decode.stop) for ids in found[:, start:].tolist())
         yield from zip(indices, texts, strict=True)
 
 
@@ -75,7 +75,7 @@ def _config(model: Any, decode: DecodeSpec, tokenizer: Any) -> Any:
         do_sample=decode.sample,
         no_repeat_ngram_size=decode.no_repeat_ngram,
         repetition_penalty=decode.repetition_penalty,
-        eos_token_id=_ends(model, tokenizer, decode.stop),
+        eos_token_id=ends_of(model, tokenizer, decode.stop),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
@@ -85,7 +85,7 @@ def _config(model: Any, decode: DecodeSpec, tokenizer: Any) -> Any:
     )
 
 
-def _ends(model: Any, tokenizer: Any, stops: Sequence[str]) -> list[int]:
+def ends_of(model: Any, tokenizer: Any, stops: Sequence[str]) -> list[int]:
     """The tokenizer's end mark, the end marks of turns that the checkpoint lists besides, and stops that are tokens."""
     listed = getattr(model.generation_config, "eos_token_id", None)
     listed = [listed] if isinstance(listed, int) else list(listed or [])
@@ -98,14 +98,20 @@ def _ends(model: Any, tokenizer: Any, stops: Sequence[str]) -> list[int]:
 def _stopped(tokenizer: Any, stops: Sequence[str], start: int) -> Callable[..., torch.Tensor]:
     """Which sequences hold a stop text behind position `start`. transformers' own criterion reads the prompt as well,
     and fails on small vocabularies."""
-    # A character has four bytes at most, and a byte is a token at worst.
-    window = 4 * max(map(len, stops)) + 8
 
     def stopped(ids_NT: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
-        texts = (_decoded(ids, tokenizer) for ids in ids_NT[:, max(start, ids_NT.shape[1] - window) :].tolist())
-        return torch.tensor([any(stop in text for stop in stops) for text in texts], device=ids_NT.device)
+        rows = ids_NT[:, start:].tolist()
+        return torch.tensor([has_stop(ids, tokenizer, stops) for ids in rows], device=ids_NT.device)
 
     return stopped
+
+
+def has_stop(ids: Sequence[int], tokenizer: Any, stops: Sequence[str]) -> bool:
+    """Whether one of the `stops` stands at the end of what these tokens say."""
+    # A character has four bytes at most, and a byte is a token at worst.
+    window = 4 * max(map(len, stops), default=0) + 8
+    text = _decoded(list(ids[-window:]), tokenizer)
+    return any(stop in text for stop in stops)
 
 
 @contextmanager
@@ -124,8 +130,10 @@ def _without_settings(model: Any) -> Iterator[None]:
         model.generation_config, model.config.pad_token_id = own, pad
 
 
-def _padded(sequences: Sequence[list[int]], pad: int, *, left: bool) -> Mapping[str, torch.Tensor]:
-    """A decoder goes on where its prompt ends, so it is padded on the left; an encoder counts from the first token."""
+def padded(sequences: Sequence[list[int]], pad: int, *, left: bool) -> Mapping[str, torch.Tensor]:
+    """input_ids and attention_mask (N, longest).
+
+    A decoder goes on where its prompt ends, so it is padded on the left; an encoder counts from the first token."""
     longest = max(map(len, sequences))
     gaps = [longest - len(sequence) for sequence in sequences]
     rows = zip(sequences, gaps, strict=True)
@@ -135,7 +143,7 @@ def _padded(sequences: Sequence[list[int]], pad: int, *, left: bool) -> Mapping[
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
-def _text(ids: list[int], tokenizer: Any, ends: Sequence[int], stops: Sequence[str]) -> str:
+def text_of(ids: list[int], tokenizer: Any, ends: Sequence[int], stops: Sequence[str]) -> str:
     """What was generated, up to an end mark or a stop text."""
     ids = ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
     text = _decoded(ids, tokenizer)

@@ -25,7 +25,8 @@ CONFIG = f"{ADAPTER}test_config_that_cannot_be_used_is_refused_at_once["
 FILE = f"{ADAPTER}test_damaged_or_hostile_file_is_refused_before_the_model_is_touched["
 COSTS = "tests/faults/test_costs.py::test_a_hostile_file_costs_next_to_nothing["
 MODELS = "tests/test_models.py::"
-SERVER, DISTRIBUTED = "server: not built yet", "distributed: not built yet"
+DISTRIBUTED = "distributed: not built yet"
+LIMITS = "tests/serving/test_limits.py::"
 
 
 @dataclass(frozen=True)
@@ -219,15 +220,48 @@ MATRIX = _rows(
         *(f"{FILE}{name}" for name in ("pickle", "link", "config link", "fifo")),
     ),
     ("an adapter's config that is no JSON object", *(f"{FILE}{name}" for name in ("not JSON", "list", "deep"))),
-    ("bad JSON in a request", SERVER),
-    ("bad adapter names in a request", SERVER),
-    ("an adapter removed while it is loaded", SERVER),
-    ("1000 requests", SERVER),
-    ("slow clients, false lengths", SERVER),
-    ("huge texts and parameters in a request", SERVER),
-    ("SIGTERM while serving", SERVER),
-    ("no token, a wrong one", SERVER),
-    ("the address it listens on", SERVER),
+    ("bad JSON in a request", f"{LIMITS}test_a_bad_body_is_refused_and_does_no_harm"),
+    (
+        "bad adapter names in a request",
+        f"{LIMITS}test_only_names_of_the_table_lead_anywhere",
+        f"{LIMITS}test_only_names_of_the_table_lead_anywhere_in_an_address",
+        f"{LIMITS}test_a_head_of_a_megabyte_is_refused",
+        "tests/serving/test_pool.py::test_links_in_a_folder_are_no_adapters",
+    ),
+    (
+        "an adapter removed while it is loaded",
+        f"{LIMITS}test_an_adapter_removed_while_it_is_loaded_harms_no_other",
+        "tests/serving/test_pool.py::test_an_adapter_that_went_is_told_without_its_path",
+        "tests/serving/test_pool.py::test_a_damaged_change_leaves_what_was_there",
+    ),
+    (
+        "1000 requests",
+        f"{LIMITS}test_a_thousand_requests_at_200_at_a_time_are_answered_as_single_ones",
+        f"{LIMITS}test_too_many_waiting_texts_are_sent_away",
+    ),
+    (
+        "slow clients, false lengths",
+        f"{LIMITS}test_slow_clients_do_not_keep_others_waiting",
+        f"{LIMITS}test_more_connections_than_allowed_are_sent_away",
+        f"{LIMITS}test_a_length_that_is_too_large_or_none_is_refused_before_a_byte_is_read",
+        f"{LIMITS}test_a_body_without_a_length_is_cut_off_where_it_is_too_large",
+    ),
+    (
+        "huge texts and parameters in a request",
+        f"{LIMITS}test_odd_texts_are_classified",
+        f"{LIMITS}test_too_long_a_text_is_refused",
+        f"{LIMITS}test_a_number_out_of_range_is_refused_by_its_name",
+        f"{LIMITS}test_what_is_no_number_is_refused",
+        f"{LIMITS}test_an_answer_that_takes_too_long_is_given_up",
+    ),
+    ("SIGTERM while serving", "tests/commands/test_serve.py::test_a_signal_ends_it_after_what_was_begun"),
+    (
+        "no token, a wrong one",
+        f"{LIMITS}test_a_token_is_needed_on_every_route_but_those_for_health",
+        f"{LIMITS}test_a_token_comes_from_a_file_of_ones_own_or_the_environment",
+        f"{LIMITS}test_other_sites_may_not_ask_by_the_users_browser",
+    ),
+    ("the address it listens on", f"{LIMITS}test_it_listens_to_this_machine_only_unless_asked_and_then_with_a_token"),
     (
         "a job of a sweep fails",
         f"{SWEEP}test_a_bad_rank_a_kill_and_lack_of_memory_cost_one_job_each",

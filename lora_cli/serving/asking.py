@@ -1,0 +1,111 @@
+"""A request that waits for the thread that computes: jobs go there, events come back into asyncio's loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+from starlette.requests import Request
+
+from lora_cli.errors import UnknownName, UserError
+from lora_cli.serving.gate import Refusal
+from lora_cli.serving.jobs import Busy, Job, Late, Stopping
+from lora_cli.serving.pool import Unavailable
+from lora_cli.serving.scheduler import Scheduler
+
+__all__ = ["Asking", "no_such_adapter", "refusal_of"]
+
+
+class Asking:
+    """The jobs of one request, and what is told of them. To be closed: what is not done then is not wanted any more.
+
+    Raises:
+        Refusal: from `next`: the job failed, it took too long, or the client left.
+    """
+
+    def __init__(self, scheduler: Scheduler, request: Request, timeout_s: float) -> None:
+        self._scheduler, self._request = scheduler, request
+        self._deadline = time.monotonic() + timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+        self._jobs: list[Job] = []
+        self._gone: asyncio.Task[None] | None = asyncio.create_task(_gone(request))
+
+    def submit(self, make: Callable[..., Job]) -> None:
+        """Let the job wait that `make(tell=, deadline=)` makes; its number is how many there were before.
+
+        Raises:
+            Refusal: too many wait, or the server is stopping.
+        """
+        number = len(self._jobs)
+
+        def tell(event: Any) -> None:
+            # The loop may have ended meanwhile.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
+
+        job = make(tell=tell, deadline=self._deadline)
+        self._jobs.append(job)
+        try:
+            self._scheduler.submit(job)
+        except (Busy, Stopping) as error:
+            raise refusal_of(error) from error
+
+    async def next(self) -> tuple[int, Any]:
+        """(number of a job, what it tells)."""
+        taken = asyncio.ensure_future(self._events.get())
+        waited: set[asyncio.Future[Any]] = {taken}
+        if self._gone is not None:
+            waited.add(self._gone)
+        # The thread keeps the deadline too; but it may be in the middle of a long step.
+        remaining = max(0.0, self._deadline - time.monotonic()) + 1
+        try:
+            await asyncio.wait(waited, timeout=remaining, return_when=asyncio.FIRST_COMPLETED)
+            if not taken.done():
+                left = self._gone is not None and self._gone.done()
+                raise Refusal(400, "the client left") if left else refusal_of(Late("no answer in time"))
+        finally:
+            if not taken.done():
+                taken.cancel()
+        number, event = taken.result()
+        if isinstance(event, Exception):
+            raise refusal_of(event) from event
+        return number, event
+
+    def stream(self) -> None:
+        """From now on somebody else looks whether the client is there."""
+        if self._gone is not None:
+            self._gone.cancel()
+            self._gone = None
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        self.stream()
+        for job in self._jobs:
+            job.is_cancelled = True
+
+
+def refusal_of(error: Exception) -> Refusal | Exception:
+    """What a client is told of an error; what is no answer to it stays what it is."""
+    if isinstance(error, Busy):
+        return Refusal(429, str(error), code="queue_full")
+    if isinstance(error, Late | Stopping | Unavailable):
+        return Refusal(503, str(error))
+    if isinstance(error, UnknownName) and error.key == "model":
+        return no_such_adapter()
+    if isinstance(error, UserError):
+        return Refusal(422, str(error))
+    return error
+
+
+def no_such_adapter() -> Refusal:
+    """The client's own words are not repeated: they may be anything."""
+    return Refusal(404, "no such adapter; GET /v1/models lists them", code="model_not_found", param="model")
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
