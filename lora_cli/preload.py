@@ -4,7 +4,11 @@ from importlib import import_module
 
 from lora_cli.process import hurry, settle_down
 
-_MODULES = ("lora_cli.cli", "lora_cli.experiment", "hydra.main", "transformers.models.auto.tokenization_auto")
+_MODULES = (
+    *("lora_cli.cli", "lora_cli.experiment", "hydra.main", "transformers.models.auto.tokenization_auto"),
+    # What the first scoring would import.
+    "sklearn.metrics",
+)
 _FAMILIES = ("bert", "gpt2", "llama", "t5")
 """Whose code has all that the others import of torch and transformers."""
 
