@@ -321,7 +321,7 @@ class Fused(Isolated):
             why = why_alone(job.spec)
             groups.setdefault((job.noted.number,) if why else common(job.spec), []).append(job)
             if why:
-                self._screen.fact("alone", f"{_number(job.noted)}: {why} needs a model of its own")
+                self._screen.fact("alone", f"{_number(job.noted)}: {why} needs a process of its own")
         for group in groups.values():
             if len(group) > 1:
                 numbers = ", ".join(str(job.noted.number) for job in group)

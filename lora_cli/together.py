@@ -46,13 +46,16 @@ class Part:
 
 
 def why_alone(spec: TrainRun) -> str | None:
-    """Why a training needs a model of its own; None: it does not."""
+    """The setting for which a training needs a model or a process of its own; None: it does not."""
     if spec.lora.variant in ("full", "dylora"):
         return f"lora.variant={spec.lora.variant}"
     if spec.lora.init in ("eva", "loftq"):
         return f"lora.init={spec.lora.init}"
     if spec.train.cache != "off":
         return f"train.cache={spec.train.cache}"
+    if spec.tracker.name in ("wandb", "mlflow"):
+        # Their libraries know one current run in a process.
+        return f"tracker={spec.tracker.name}"
     return None
 
 

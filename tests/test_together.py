@@ -23,6 +23,7 @@ from lora_cli.spec import (
     GenerationSpec,
     LoraSpec,
     ModelSpec,
+    TrackerSpec,
     TrainRun,
     TrainSpec,
 )
@@ -213,10 +214,12 @@ def test_a_training_that_was_begun_goes_on_from_its_checkpoint() -> None:
         ({"lora": LoraSpec(variant="dylora", r=4)}, "lora.variant=dylora"),
         ({"lora": LoraSpec(init="eva")}, "lora.init=eva"),
         ({"train": TrainSpec(cache="memory")}, "train.cache=memory"),
+        ({"tracker": TrackerSpec(name="wandb")}, "tracker=wandb"),
+        ({"tracker": TrackerSpec(name="tensorboard")}, None),
         ({}, None),
     ],
 )
-def test_what_needs_a_model_of_its_own_is_named(changes: dict[str, object], why: str | None) -> None:
+def test_what_needs_a_process_of_its_own_is_named(changes: dict[str, object], why: str | None) -> None:
     assert why_alone(spec(**changes)) == why
 
 

@@ -22,7 +22,7 @@ def test_fused_jobs_are_the_runs_of_isolated_ones_to_the_last_byte(films: Path, 
     assert fused.code == 1, fused.err
     assert statuses(Path("fused")) == ["finished", "finished", "failed", "failed", "finished", "finished"]
     assert "jobs 0, 4 on one tiny-bert" in fused.err
-    assert "job 1: lora.init=eva needs a model of its own" in fused.err
+    assert "job 1: lora.init=eva needs a process of its own" in fused.err
     assert "1 other trainings on the same base model" in Path("fused/0/output.txt").read_text()
     for number, r in (("0", 2), ("4", 4)):
         alone = call("train", *TINY, *FILMS, "train.epochs=1", f"lora.r={r}", f"hydra.run.dir=alone-{r}")
