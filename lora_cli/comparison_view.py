@@ -93,7 +93,7 @@ def size(num_bytes: float) -> str:
     """Bytes to three digits: 86.7 MiB."""
     units = iter(("B", "KiB", "MiB", "GiB", "TiB"))
     unit = next(units)
-    while num_bytes >= 1000 and unit != "TiB":
+    while num_bytes >= 999.5 and unit != "TiB":
         num_bytes, unit = num_bytes / 1024, next(units)
     return f"{num_bytes:.3g} {unit}"
 

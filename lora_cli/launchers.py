@@ -128,7 +128,7 @@ class Isolated(Launcher):
         numbered = list(enumerate(job_overrides, initial_job_idx))
         self._shared = set.intersection(*(set(overrides) for overrides in job_overrides))
         if len(numbered) > 1:  # A search asks for them one by one.
-            self._screen.fact("sweep", f"{len(numbered)} jobs, {self._n_jobs} at a time, in {folder}")
+            self._screen.fact("sweep", f"{len(numbered)} jobs{self._pace()} in {folder}")
         found = finished_runs()
         returned: dict[int, float | None] = {}
         waiting: list[_Job] = []
@@ -185,6 +185,10 @@ class Isolated(Launcher):
             _number(job.noted), f"{_title(job.noted, self._shared)}: {_reached(job.spec, value)}, found{where}"
         )
         return True
+
+    def _pace(self) -> str:
+        """How many run at once, in words."""
+        return f", {self._n_jobs} at a time,"
 
     def _shared_out(self, jobs: Sequence[_Job]) -> list[list[_Job]]:
         """The jobs of each process."""
@@ -312,6 +316,9 @@ class Fused(Isolated):
         if mixed is not None and type(mixed) is not bool:
             raise ConfigError("hydra.launcher.mixed", mixed, "true, false or null")
         self._adapters, self._mixed = adapters, mixed
+
+    def _pace(self) -> str:
+        return f", {self._n_jobs} processes at a time," if self._n_jobs > 1 else ""
 
     def _shared_out(self, jobs: Sequence[_Job]) -> list[list[_Job]]:
         from lora_cli.together import common, why_alone

@@ -175,7 +175,18 @@ def _setting(config: Mapping[str, Any], facts: Mapping[str, Any]) -> Html:
 
 def _board(board: Board) -> list[Html]:
     figure = f"{board.split}/{board.metric}"
-    heads = ["configuration", figure, "95 % interval", "seeds", "p", "McNemar", "trains", "on disk", "memory", "time"]
+    heads = [
+        "configuration",
+        board.metric,
+        "95 % interval",
+        "seeds",
+        "p",
+        "McNemar",
+        "trains",
+        "on disk",
+        "memory",
+        "time",
+    ]
     rows = [_row(row, first=row is board.rows[0]) for row in board.rows]
     said = [page.paragraph(sentence) for sentence in board.sentences]
     note = "p: paired bootstrap over rows and seeds against the first. * no other is as good, as small and as fast."
