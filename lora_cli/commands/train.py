@@ -67,12 +67,12 @@ def run(spec: TrainRun, *, directory: Path | None = None, overrides: Sequence[st
         UserError: something given does not fit.
         TrainingFailure: the training cannot go on; its checkpoints stay.
     """
-    from lora_cli.engine.micro_step import alone
-
     started, screen = time.perf_counter(), Screen()
     kept = kept_run(spec, directory)
     task = build_task(spec.task)
     rows = load_splits(spec, task, screen)
+    from lora_cli.engine.micro_step import alone
+
     return alone(going_on)(
         spec,
         rows,
