@@ -50,6 +50,7 @@ __all__ = [
     "DecodeSpec",
     "DeviceSpec",
     "DiffRun",
+    "DoctorRun",
     "EvalRun",
     "ExportRun",
     "FetchRun",
@@ -1209,6 +1210,14 @@ class ReportRun:
         _at_least("examples", self.examples, 0)
 
 
+@dataclass(kw_only=True)
+class DoctorRun:
+    """lora doctor: see what works in this environment, what does not and how to mend it."""
+
+    json: bool = False
+    """One JSON object a line instead of a table; --json is the same."""
+
+
 VERBS: dict[str, type] = {
     "train": TrainRun,
     "resume": ResumeRun,
@@ -1228,6 +1237,7 @@ VERBS: dict[str, type] = {
     "import": ImportRun,
     "combine": CombineRun,
     "fetch": FetchRun,
+    "doctor": DoctorRun,
 }
 """Verb → the dataclass of its config; the first line of its docstring is its help."""
 
