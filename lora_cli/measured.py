@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import tempfile
 import time
@@ -55,8 +56,6 @@ class Measured:
     saving_s: float
     """All checkpoints, and the adapter with its checks."""
     steps_timed: int
-    mapped: int
-    """Of the memory, pages of libraries' files."""
 
     @property
     def wall_s(self) -> float:
@@ -73,7 +72,9 @@ def measure(spec: TrainRun, *, seconds: float) -> Measured:
     with tempfile.TemporaryDirectory(prefix="lora-plan-") as name:
         folder = Path(name)
         output, result = folder / "output.txt", folder / "measured.json"
-        process = isolation.start(_work, spec, seconds, folder, streams=[Path(os.devnull), output, output])
+        # Not forked: what a process that starts by itself holds of its libraries is a large part of the peak.
+        process = multiprocessing.get_context("spawn").Process(target=_work, args=(spec, seconds, folder, output))
+        process.start()
         try:
             process.join()
         except BaseException:
@@ -83,14 +84,11 @@ def measure(spec: TrainRun, *, seconds: float) -> Measured:
         if not result.exists():
             how = isolation.last_line(output) or f"ended with {process.exitcode}, out of memory perhaps"
             raise TrainingFailure(f"the measured steps failed: {how}")
-        found = Measured(**json.loads(result.read_text(encoding="utf-8")))
-    # A forked process has only those pages of the libraries that it has touched since, one that starts by itself all
-    # that its imports touch, as this one has.
-    missing = max(0, _mapped() - found.mapped) if found.mapped else 0
-    return replace(found, resident=found.resident + missing, peak=found.peak + missing)
+        return Measured(**json.loads(result.read_text(encoding="utf-8")))
 
 
-def _work(spec: TrainRun, seconds: float, folder: Path) -> None:
+def _work(spec: TrainRun, seconds: float, folder: Path, output: Path) -> None:
+    isolation.settle([Path(os.devnull), output, output], Path.cwd(), dict(os.environ))
     found = _measured(spec, seconds, folder)
     (folder / "measured.tmp").write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
     (folder / "measured.tmp").replace(folder / "measured.json")
@@ -163,7 +161,6 @@ def _measured(spec: TrainRun, seconds: float, folder: Path) -> Measured:
         scoring_s=scoring_s,
         saving_s=saving_s,
         steps_timed=steps,
-        mapped=0 if experiment.device.can_page else _mapped(),
     )
 
 
@@ -230,13 +227,6 @@ def _scoring_s(experiment: Experiment, split: str, *, answers: bool) -> float:
 
 def _is_packed(experiment: Experiment) -> bool:
     return str(experiment.base.model.config._attn_implementation).startswith("lora_unpadded")
-
-
-def _mapped() -> int:
-    """Bytes of files, such as libraries, that this process has touched; 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="ascii").splitlines() if status.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssFile:")), 0)
 
 
 def _resident(device: Device) -> int:

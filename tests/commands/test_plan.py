@@ -44,7 +44,7 @@ def test_alternatives_are_those_that_are_not_asked_for(home: Path, call) -> None
     given, full, small = found["as given"], found["full"], found["QLoRA (nf4)"]
     assert given["whole"] < given["frozen"]
     assert full["frozen"] == 0
-    assert small["weights"] < given["weights"] < full["weights"]
+    assert small["weights"] < full["weights"] < given["weights"]
     assert found["batch of 4"]["activations"] < given["activations"] < found["batch of 16"]["activations"]
     assert given["train_s"] is None
     assert list(planned(call(*BY_ARITHMETIC, "lora=full", "lora.targets=[]", "plan.alternatives=false"))) == [
@@ -74,6 +74,7 @@ def test_a_gpu_that_nobody_knows_is_refused_with_the_nearest(home: Path, call) -
     assert answer.err.startswith("lora plan: plan.gpu=h10: no such GPU in the table. Did you mean h100?")
 
 
+@pytest.mark.slow
 def test_steps_that_fail_are_told_in_one_line(home: Path, forked) -> None:
     process = forked("plan", *TINY, *FILMS, "train.lr=1e30", "train.max_grad_norm=null", "plan.seconds=1", cwd=home)
     assert process.returncode == 1
