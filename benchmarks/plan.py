@@ -21,7 +21,7 @@ from typing import Any
 GPT2 = ("model=tiny-gpt2", "model.random={n_embd:384,n_layer:6,n_head:6,vocab_size:8192,n_positions:512}")
 LLAMA = ("model=tiny-llama", "model.random={hidden_size:256,num_hidden_layers:4,intermediate_size:768}")
 MINILM = ("model=minilm", "train.epochs=1")
-TEXT = ("task=language_modeling", "task.data.train=lines.txt", "task.data.validation=lines.txt", "train.max_steps=40")
+TEXT = ("task=language_modeling", "task.data.train=lines.txt", "task.data.validation=lines.txt", "train.max_steps=20")
 CASES: dict[str, tuple[str, ...]] = {
     "minilm-lora": MINILM,
     "minilm-full": (*MINILM, "lora=full"),
