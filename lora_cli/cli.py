@@ -99,7 +99,7 @@ def _dispatch(verb: str, words: list[str]) -> int:
 def _run(verb: str, words: list[str]) -> int:
     from lora_cli import config
 
-    if verb == "runs":
+    if verb in ("runs", "doctor", "plan"):
         words = ["json=true" if word == "--json" else word for word in words]
     _check_folder(verb, words)
     if verb == "resume":

@@ -13,6 +13,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,11 +22,14 @@ from lora_cli.errors import ModelError, UserError, printable
 
 __all__ = [
     "PICKLES",
+    "Access",
+    "access",
     "check_hub_id",
     "fetch_model",
     "has_weights",
     "mirror_dataset",
     "mirror_model",
+    "mirrored",
     "offline",
     "require_network",
 ]
@@ -90,12 +94,64 @@ def require_network(what: str, hint: str) -> None:
     missing = f"{printable(what, 100)} is not on this machine"
     if constants.is_offline_mode():
         raise UserError(f"{missing}, and HF_HUB_OFFLINE forbids asking the hub; {hint}")
-    proxies = urllib.request.getproxies()
-    if "HF_ENDPOINT" in os.environ or any(kind != "no" for kind in proxies):
-        return
-    host = urlsplit(constants.ENDPOINT).hostname or "huggingface.co"
-    if not _answers(host):
+    if not _is_reached(host := _host()):
         raise UserError(f"{missing}, and there is no connection to {host}; {hint}")
+
+
+@dataclass(frozen=True)
+class Access:
+    """How this machine stands with the hub."""
+
+    host: str
+    is_forbidden: bool
+    """HF_HUB_OFFLINE is set."""
+    is_reached: bool
+    """It answers, as far as can be told, or stands behind a proxy or endpoint that is not probed."""
+    has_token: bool
+    cache: Path
+    cached: tuple[str, ...]
+    """Models and data sets in the hub's cache, whole or not, such as models/owner/name."""
+
+
+def access() -> Access:
+    """What `fetch_model` would meet, told within three seconds. The token itself is read by nobody here."""
+    from huggingface_hub import constants, get_token
+
+    cache, is_forbidden, host = Path(constants.HF_HUB_CACHE), bool(constants.is_offline_mode()), _host()
+    return Access(
+        host=host,
+        is_forbidden=is_forbidden,
+        is_reached=not is_forbidden and _is_reached(host),
+        has_token=get_token() is not None,
+        cache=cache,
+        cached=tuple(sorted(folder.name.replace("--", "/") for folder in cache.glob("*--*") if folder.is_dir())),
+    )
+
+
+def mirrored() -> tuple[str, ...] | None:
+    """What lies under LORA_HUB_ROOT, such as models/owner/name and datasets/owner/name/config; None: it is not set.
+
+    Raises:
+        UserError: it names no folder.
+    """
+    root = _mirror_root()
+    if root is None:
+        return None
+    models = (file.parent for file in root.glob("models/**/config.json"))
+    tables = (file.parent for file in root.glob("datasets/**/*.parquet"))
+    return tuple(sorted({str(folder.relative_to(root)) for folder in (*models, *tables)}))
+
+
+def _host() -> str:
+    from huggingface_hub import constants
+
+    return urlsplit(constants.ENDPOINT).hostname or "huggingface.co"
+
+
+def _is_reached(host: str) -> bool:
+    if "HF_ENDPOINT" in os.environ or any(kind != "no" for kind in urllib.request.getproxies()):
+        return True
+    return _answers(host)
 
 
 def fetch_model(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from lora_cli.nn import QuantizedSize
 
-__all__ = ["BaseModel", "drawn_anew", "load_base", "save_config"]
+__all__ = ["BaseModel", "drawn_anew", "fresh_head", "load_base", "output_embedding", "save_config"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +109,10 @@ def load_base(
             _draw(model, fresh, seed)
     _check_vocabulary(model, tokenizer, source.folder or f"model.random of {spec.name}")
     writes = problem == "generation"
-    fresh_modules = () if writes else (_outermost(model, fresh) or _head(model))
+    fresh_modules = () if writes else (_outermost(model, fresh) or fresh_head(model))
     digest = fingerprint(model, fresh=fresh_modules)
     new_rows = _add_tokens(model, tokenizer, spec.add_tokens, seed)
-    skip = _output_embedding(model)
+    skip = output_embedding(model)
     if spec.quantization != "none":
         where = device or torch.device("cpu")
         _quantize(model, spec.quantization, [*fresh_modules, *skip], where, keep_original=keep_original)
@@ -258,13 +258,14 @@ def _outermost(model: PreTrainedModel, fresh: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(modules))
 
 
-def _head(model: PreTrainedModel) -> tuple[str, ...]:
+def fresh_head(model: PreTrainedModel) -> tuple[str, ...]:
     """What stands outside the base model proper: the head of a checkpoint that brings one goes on training."""
     modules = model.named_children()
     return tuple(name for name, module in modules if module is not model.base_model and list(module.parameters()))
 
 
-def _output_embedding(model: PreTrainedModel) -> tuple[str, ...]:
+def output_embedding(model: PreTrainedModel) -> tuple[str, ...]:
+    """Name of the layer that makes logits of words, if there is one: no target of all-linear."""
     output = model.get_output_embeddings()
     return tuple(name for name, module in model.named_modules() if module is output)
 

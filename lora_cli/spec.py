@@ -50,6 +50,7 @@ __all__ = [
     "DecodeSpec",
     "DeviceSpec",
     "DiffRun",
+    "DoctorRun",
     "EvalRun",
     "ExportRun",
     "FetchRun",
@@ -61,6 +62,8 @@ __all__ = [
     "LoraSpec",
     "MergeRun",
     "ModelSpec",
+    "PlanRun",
+    "PlanSpec",
     "ProlongSpec",
     "RankSpec",
     "ReportRun",
@@ -1279,6 +1282,41 @@ class ReportRun:
         _at_least("examples", self.examples, 0)
 
 
+@dataclass(kw_only=True)
+class PlanSpec:
+    """How a training is foretold."""
+
+    measure: bool = True
+    """Take a few real steps on this machine; false: arithmetic only, for which no weights are needed."""
+    gpu: str | None = None
+    """Name of a GPU, such as h100, that it is foretold for, by arithmetic; None: this machine."""
+    alternatives: bool = True
+    """Also foretell full fine-tuning, LoRA, QLoRA, half and twice the batch."""
+    seconds: float = 15.0
+    """Time that the measured steps may take, roughly."""
+
+    def __post_init__(self) -> None:
+        _positive("plan.seconds", self.seconds)
+
+
+@dataclass(kw_only=True)
+class PlanRun(TrainRun):
+    """lora plan: foretell the memory and time of a training, and of its alternatives, and what fits."""
+
+    plan: PlanSpec = field(default_factory=PlanSpec)
+    """How it is foretold."""
+    json: bool = False
+    """One JSON object a line instead of a table; --json is the same."""
+
+
+@dataclass(kw_only=True)
+class DoctorRun:
+    """lora doctor: see what works in this environment, what does not and how to mend it."""
+
+    json: bool = False
+    """One JSON object a line instead of a table; --json is the same."""
+
+
 VERBS: dict[str, type] = {
     "train": TrainRun,
     "resume": ResumeRun,
@@ -1299,6 +1337,8 @@ VERBS: dict[str, type] = {
     "import": ImportRun,
     "combine": CombineRun,
     "fetch": FetchRun,
+    "doctor": DoctorRun,
+    "plan": PlanRun,
 }
 """Verb → the dataclass of its config; the first line of its docstring is its help."""
 

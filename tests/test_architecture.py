@@ -16,13 +16,14 @@ CONF = PACKAGE.parent / "conf"
 LAYERS = (
     ("errors", "__init__"),
     ("spec",),
-    ("chart", "disk", "dot_plot", "dropout", "families", "hub", "page", "process", "xy_plot"),
+    ("chart", "disk", "dot_plot", "dropout", "families", "gpus", "hub", "machine", "page", "process", "xy_plot"),
     ("isolation", "row_attention", "screen", "terminal", "tokenizer", "trackers", "words"),
     ("config", "frozen_cache", "nn", "runs", "sources", "tasks", "unpadded"),
     ("reader",),
     ("engine", "help", "merged", "models", "onnx_file", "preview"),
-    ("certificate", "comparison_view", "experiment", "reuse", "saved"),
-    ("report_page", "serving"),
+    ("certificate", "comparison_view", "experiment", "health", "reuse", "saved"),
+    ("forecast", "report_page", "serving"),
+    ("measured",),
     ("commands", "sweep_view"),
     ("together",),
     ("launchers",),
@@ -34,7 +35,9 @@ LAYERS = (
 RANKS = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 STDLIB_ONLY = ("errors", "spec")
-TORCH_AT_IMPORT = ("nn", "engine", "experiment", "frozen_cache", "merged", "onnx_file", "saved", "serving")
+TORCH_AT_IMPORT = (
+    *("nn", "engine", "experiment", "forecast", "frozen_cache", "measured", "merged", "onnx_file", "saved", "serving"),
+)
 HEAVY = ("torch", "transformers", "datasets", "evaluate", "sklearn", "scipy", "pyarrow", "huggingface_hub")
 COMPUTED = {f"{name}_seed" for name in ("init", "data", "dropout")}
 COMPUTED |= {f"{split}{limit}" for split in ("train", "validation", "test") for limit in ("", "_limit")}

@@ -15,7 +15,7 @@ import torch
 from lora_cli.errors import ConfigError
 from lora_cli.spec import DeviceSpec
 
-__all__ = ["Device", "one_card", "open_device"]
+__all__ = ["Card", "Device", "Hardware", "hardware", "one_card", "open_device"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -87,6 +87,47 @@ class Device:
         threads = f", {number} thread{'s' * (number != 1)}" if self.device.type == "cpu" else ""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return f"{name}, {self.precision}{threads}"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU that torch sees."""
+
+    name: str
+    memory_bytes: int
+    has_bf16: bool
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What torch can compute on here."""
+
+    build: str
+    """What this torch was built for."""
+    threads: int
+    vectors: str
+    """The processor's instructions that it uses, such as AVX2."""
+    cards: tuple[Card, ...]
+    has_mps: bool
+
+    @property
+    def lacks_its_card(self) -> bool:
+        """Whether torch was built for GPUs and sees none."""
+        return self.build != "CPU" and not self.cards and not self.has_mps
+
+
+def hardware() -> Hardware:
+    """Look for it; nothing is allocated."""
+    cards = []
+    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        found = torch.cuda.get_device_properties(number)
+        has_bf16 = found.major >= 8 or torch.version.hip is not None
+        cards.append(Card(found.name, found.total_memory, has_bf16))
+    has_mps = torch.backends.mps.is_available()
+    cuda, hip = torch.version.cuda, torch.version.hip
+    build = f"CUDA {cuda}" if cuda else f"ROCm {hip}" if hip else "MPS" if torch.backends.mps.is_built() else "CPU"
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return Hardware(build, torch.get_num_threads(), vectors, tuple(cards), has_mps)
 
 
 def one_card(number: int) -> dict[str, str]:
