@@ -16,7 +16,7 @@ from lora_cli.screen import count, duration, significant
 if TYPE_CHECKING:
     from lora_cli.engine.memory import Footprint
 
-__all__ = ["legend", "plot", "results_view", "seconds", "size", "sizes_view"]
+__all__ = ["chance", "legend", "plot", "results_view", "seconds", "size", "sizes_view"]
 
 Spreads = Mapping[str, Mapping[str, Spread]]
 """Method → figure → its spread over the seeds."""
@@ -87,6 +87,11 @@ def plot(title: str, goal: Goal, found: Spreads) -> str:
 def seconds(value: float) -> str:
     """A time: 1.4s, 3m20s."""
     return f"{value:.1f}s" if value < 10 else duration(value)
+
+
+def chance(p: float | None) -> str:
+    """A p value: 0.37, 0.009, <0.001."""
+    return "–" if p is None else "<0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def size(num_bytes: float) -> str:

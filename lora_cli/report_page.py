@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from lora_cli import page
-from lora_cli.comparison_view import seconds, size
+from lora_cli.comparison_view import chance, seconds, size
 from lora_cli.errors import RunError
 from lora_cli.page import Html
 from lora_cli.runs.difference import read_metrics
@@ -216,8 +216,8 @@ def _row(row: Configuration, *, first: bool) -> list[object]:
         significant(row.mean, 4),
         "–" if low is None else f"{significant(low, 4)} to {significant(high, 4)}",
         len(row.values),
-        "" if first else significant(row.p, 2),
-        "" if first else significant(row.p_mcnemar, 2),
+        "" if first else chance(row.p),
+        "" if first else chance(row.p_mcnemar),
         f"{costs['trainable']:,.0f}",
         size(costs["adapter_bytes"]),
         size(costs["peak_memory_mib"] * 2**20),

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from lora_cli.comparison_view import seconds, size
+from lora_cli.comparison_view import chance, seconds, size
 from lora_cli.disk import write_atomic
 from lora_cli.errors import printable
 from lora_cli.report_page import sweep_page
@@ -67,7 +67,7 @@ def _leaderboard(board: Board, *, several: bool) -> Table:
             escape(printable(row.title, 80)) or "as it is",
             _value(row),
             str(len(row.values)),
-            "" if rank == 1 else _p(row.p),
+            "" if rank == 1 else chance(row.p),
             count(costs["trainable"]),
             size(costs["adapter_bytes"]),
             size(costs["peak_memory_mib"] * 2**20),
@@ -82,10 +82,6 @@ def _value(row: Configuration) -> str:
         return significant(row.mean)
     low, high = row.interval
     return f"{significant(row.mean)} ± {significant((high - low) / 2)}"
-
-
-def _p(p: float | None) -> str:
-    return "–" if p is None else "<0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def _missing(jobs: Sequence[SweepJob], shared: Collection[str]) -> Table:
