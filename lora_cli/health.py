@@ -32,6 +32,7 @@ EXTRAS = {
     "optuna": "hydra/sweeper=optuna",
     "gguf": "lora export target=llamacpp",
     "onnx": "lora export target=onnx",
+    "serve": "lora serve",
 }
 """Extra of this package → what it is for."""
 _PACKAGE = "lora-cli"

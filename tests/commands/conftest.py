@@ -128,7 +128,7 @@ def films(scratch: Path) -> Path:
 
 @pytest.fixture
 def before(monkeypatch) -> Callable[..., None]:
-    """Do something before the n-th call of a function of the package: before("engine.train:forward", 3, act)."""
+    """Do something before the n-th call of a function of the package: before("engine.micro_step:forward", 3, act)."""
 
     def patch(name: str, number: int, act: Callable[[], object]) -> None:
         owner, _, attribute = f"lora_cli.{name}".replace(":", ".").rpartition(".")

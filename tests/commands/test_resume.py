@@ -208,7 +208,7 @@ def test_killed_in_the_middle_of_a_step_of_the_third_epoch_the_end_is_the_same(k
     write_things(films)
     words = ("train", *KINDS[kind], "lora.dropout=0.1", *COMMON)
     assert call(*words, "hydra.run.dir=whole").code == 0
-    before("engine.train:forward", 30, kill)
+    before("engine.micro_step:forward", 30, kill)
     with pytest.raises(Killed):
         call(*words, "hydra.run.dir=run")
     assert newest_step(films) == 14

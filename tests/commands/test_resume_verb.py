@@ -45,7 +45,7 @@ def facts(run: Path = Path("run")) -> dict:
 def test_an_interrupted_run_goes_on_from_its_folder_wherever_that_is(films, call, before, tmp_path) -> None:
     words = (*STEADY, "train.max_steps=6")
     assert call(*words, "hydra.run.dir=whole").code == 0
-    before("engine.train:forward", 3, lambda: signal.raise_signal(signal.SIGTERM))
+    before("engine.micro_step:forward", 3, lambda: signal.raise_signal(signal.SIGTERM))
     assert call(*words).code == 143
     (run,) = Path("runs").glob("2*")
     moved = shutil.move(run, tmp_path / "elsewhere")
@@ -59,7 +59,7 @@ def test_an_interrupted_run_goes_on_from_its_folder_wherever_that_is(films, call
 @pytest.mark.slow
 def test_latest_is_the_run_that_was_started_last(films, call, before) -> None:
     assert call(*STEADY, "train.max_steps=2").code == 0
-    before("engine.train:forward", 2, lambda: signal.raise_signal(signal.SIGINT))
+    before("engine.micro_step:forward", 2, lambda: signal.raise_signal(signal.SIGINT))
     assert call(*STEADY, "train.max_steps=4", "seed=1").code == 130
     # They may have begun in the same second.
     (run,) = (path for path in Path("runs").glob("2*") if facts(path)["status"] == "interrupted")
@@ -97,7 +97,7 @@ def test_a_schedule_that_falls_is_said_to_be_another_one(films, call) -> None:
 
 @pytest.mark.slow
 def test_a_prolonged_run_that_is_interrupted_goes_on_to_its_new_end(steady, call, before) -> None:
-    before("engine.train:forward", 2, lambda: signal.raise_signal(signal.SIGTERM))
+    before("engine.micro_step:forward", 2, lambda: signal.raise_signal(signal.SIGTERM))
     assert call("resume", "run=run", "train.max_steps=8").code == 143
     answer = call(*STEADY, "train.max_steps=4", "hydra.run.dir=run", "resume=auto")
     assert answer.code == 2

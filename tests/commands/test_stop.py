@@ -40,9 +40,9 @@ def newest_progress() -> dict[str, object]:
 
 
 MOMENTS = [
-    pytest.param("engine.train:forward", 1, 1, False, marks=pytest.mark.slow),
-    ("engine.train:forward", 3, 3, False),
-    pytest.param("engine.train:forward", 4, 4, True, marks=pytest.mark.slow),
+    pytest.param("engine.micro_step:forward", 1, 1, False, marks=pytest.mark.slow),
+    ("engine.micro_step:forward", 3, 3, False),
+    pytest.param("engine.micro_step:forward", 4, 4, True, marks=pytest.mark.slow),
     ("experiment:Experiment.score", 2, 4, True),
     pytest.param("experiment:Experiment.score", 3, 6, True, marks=pytest.mark.slow),
     pytest.param("engine.checkpoint:save", 2, 4, False, marks=pytest.mark.slow),
@@ -79,13 +79,13 @@ def test_a_signal_at_any_moment_keeps_the_step_and_the_end_is_the_same(
 
 @pytest.mark.parametrize(("number", "code", "word"), SIGNALS, ids=lambda value: str(value))
 def test_each_signal_has_its_exit_code(number, code, word, films, call, before) -> None:
-    before("engine.train:forward", 2, lambda: signal.raise_signal(number))
+    before("engine.micro_step:forward", 2, lambda: signal.raise_signal(number))
     answer = call(*WORDS)
     assert (answer.code, newest_progress()["step"]) == (code, 2)
     assert answer.err.splitlines()[-1].startswith(f"lora train: {word}; lora resume")
 
 
-@pytest.mark.parametrize("name", ["engine.train:forward", "engine.checkpoint:save"])
+@pytest.mark.parametrize("name", ["engine.micro_step:forward", "engine.checkpoint:save"])
 def test_a_second_signal_does_not_wait(name, films, call, before) -> None:
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)
@@ -101,7 +101,7 @@ def test_a_second_signal_does_not_wait(name, films, call, before) -> None:
 
 
 def test_a_signal_heard_twice_is_one(films, call, before) -> None:
-    before("engine.train:forward", 2, lambda: [signal.raise_signal(signal.SIGTERM) for _ in range(3)])
+    before("engine.micro_step:forward", 2, lambda: [signal.raise_signal(signal.SIGTERM) for _ in range(3)])
     assert call(*WORDS).code == 143
     assert newest_progress()["step"] == 2
 
@@ -116,7 +116,7 @@ def test_before_the_first_step_there_is_nothing_to_keep(films, call, before) -> 
 def test_a_signal_that_is_ignored_stays_ignored(films, call, before) -> None:
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        before("engine.train:forward", 2, lambda: signal.raise_signal(signal.SIGINT))
+        before("engine.micro_step:forward", 2, lambda: signal.raise_signal(signal.SIGINT))
         assert call(*WORDS).code == 0
     finally:
         signal.signal(signal.SIGINT, handler)
@@ -126,7 +126,7 @@ def test_a_signal_that_is_ignored_stays_ignored(films, call, before) -> None:
 def test_a_sweep_in_one_process_stops_as_a_whole_and_the_same_words_do_the_rest(films, call, before) -> None:
     own = (word for word in WORDS if "hydra" not in word)
     words = (*own, "-m", "seed=1,2,3", "hydra/launcher=basic", "hydra.sweep.dir=runs/mine")
-    before("engine.train:forward", 8, lambda: signal.raise_signal(signal.SIGTERM))
+    before("engine.micro_step:forward", 8, lambda: signal.raise_signal(signal.SIGTERM))
     answer = call(*words)
     assert answer.code == 143, "row 72"
     assert answer.err.splitlines()[-1] == "lora train: terminated; the same command does the rest"
