@@ -26,6 +26,9 @@ MAX_ANSWERS = 16
 MAX_STOPS = 4
 Name = Annotated[str, Field(description="Name of an adapter: see GET /v1/models")]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
+_LARGEST_SEED = 9 * 10**18
+"""Answer k of n draws by seed + k, at most MAX_SEED. Bounds stand in the description as floats, so it has to be one."""
+assert _LARGEST_SEED <= MAX_SEED - MAX_ANSWERS
 
 
 class _Body(BaseModel):
@@ -75,7 +78,7 @@ class WriteRequest(_Body):
     temperature: float | None = Field(default=None, ge=0, le=2, description="0: the likeliest token")
     top_p: float | None = Field(default=None, gt=0, le=1)
     n: int = Field(default=1, ge=1, le=MAX_ANSWERS, description="Answers to each prompt")
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED - MAX_ANSWERS)
+    seed: int | None = Field(default=None, ge=0, le=_LARGEST_SEED)
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
