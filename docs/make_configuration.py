@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from lora_cli/spec.py: python docs/make_configuration.py (a test compares)."""
+"""Writes docs/configuration.md from lora_cli/spec/: python docs/make_configuration.py (a test compares)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TARGET = Path(__file__).with_name("configuration.md")
 _INTRODUCTION = """\
 # Configuration
 
-Every key of every verb, made from `lora_cli/spec.py` by `docs/make_configuration.py`. Do not edit this page.
+Every key of every verb, made from `lora_cli/spec/` by `docs/make_configuration.py`. Do not edit this page.
 
 A key is set by `key=value` on the command line.
 A list is written `[a,b]`; quote the whole word if the shell would read it.

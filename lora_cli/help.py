@@ -70,7 +70,7 @@ def print_verb(verb: str, words: Sequence[str] = ()) -> None:
 
 
 def keys_of(schema: type) -> Iterator[Key]:
-    """Every key of a verb's config, root keys first, in the order they are written in spec.py."""
+    """Every key of a verb's config, root keys first, in the order they are written in spec/."""
     nested = dict(spec.nested_specs(schema))
     yield from (_key("", "", field, schema) for field in dataclasses.fields(schema) if not nested[field.name])
     for name, schemas in nested.items():

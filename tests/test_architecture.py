@@ -148,7 +148,7 @@ def test_each_thing_is_said_in_one_place(path: Path) -> None:
     if name not in ("config", "help", "launchers", "sweepers"):
         assert not roots & {"hydra", "omegaconf"}, "only config.py and Hydra's own plugins see a DictConfig"
     words = list(strings(tree))
-    if name not in ("engine/device", "spec"):
+    if name not in ("engine/device", "spec/names"):
         assert not [word for word in words if "cuda" in word.lower()], "only device.py says cuda"
     for attribute in (node for node in ast.walk(tree) if isinstance(node, ast.Attribute)):
         assert attribute.attr != "cuda" or name == "engine/device"
@@ -210,8 +210,8 @@ def spec_fields() -> list[str]:
 
 @pytest.fixture(scope="module")
 def attributes() -> set[str]:
-    """Names of all attributes that are read outside spec.py and help.py."""
-    trees = [tree_of(path) for path in MODULES if name_of(path) not in ("spec", "help")]
+    """Names of all attributes that are read outside spec/ and help.py."""
+    trees = [tree_of(path) for path in MODULES if unit_of(path) not in ("spec", "help")]
     return {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
 
 
