@@ -24,6 +24,7 @@ from lora_cli.process import GentleStop, gentle_stop, leave, settle_down, signal
 from lora_cli.screen import Screen
 from lora_cli.spec import TrainRun
 from lora_cli.tasks import Encoded, Rows, build_task
+from lora_cli.train_view import show
 
 if TYPE_CHECKING:
     from lora_cli.engine.micro_step import Answer, MicroStep, Training
@@ -212,7 +213,7 @@ class _Running:
             experiment = Experiment.beside(
                 self._shared.ground, self._shared.bank, self.name, part.spec, rows=rows, data=data
             )
-            train.show(screen, experiment)
+            show(screen, experiment)
             return experiment
 
         value = yield from train.going_on(

@@ -49,6 +49,8 @@ def run(spec: ResumeRun, *, directory: Path | None = None, overrides: Sequence[s
     goal = pinned(_changed(before, spec))
     check_tracker(goal.tracker)
     with ranks.beside(goal, train.follow):
+        from lora_cli.engine.micro_step import alone
+
         task = build_task(goal.task)
         experiment = train.prepare(goal, task, train.load_splits(goal, task, screen), screen)
         with folder.held():
@@ -60,7 +62,7 @@ def run(spec: ResumeRun, *, directory: Path | None = None, overrides: Sequence[s
                 since = {"step": progress.step if progress else 0, **goals}
                 changes = {"extended": [*facts.get("extended", []), since]}
             words = folder.overrides()
-            metrics = train.complete(
+            metrics = alone(train.completing)(
                 experiment, folder, checkpoint, screen, overrides=words, started=started, **changes
             )
     return train.report(screen, folder, metrics, goal)

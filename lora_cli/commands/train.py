@@ -26,11 +26,9 @@ from lora_cli.runs.manifest import write_manifest
 from lora_cli.runs.registry import run_of
 from lora_cli.runs.report import model_card
 from lora_cli.runs.starts import pinned
-from lora_cli.screen import Screen, count
-from lora_cli.spec import RecipeSpec, TextSpec, TrainRun
+from lora_cli.screen import Screen
+from lora_cli.spec import TextSpec, TrainRun
 from lora_cli.tasks import (
-    Encoded,
-    EncodedTexts,
     Rows,
     Scorer,
     Task,
@@ -40,16 +38,15 @@ from lora_cli.tasks import (
     overlap,
     repeats,
 )
-from lora_cli.trackers import Tracker, check_tracker, open_tracker
+from lora_cli.trackers import check_tracker
+from lora_cli.train_view import show
 
 if TYPE_CHECKING:
-    from lora_cli.engine.checkpoint import Checkpoint, Progress
+    from lora_cli.engine.checkpoint import Checkpoint
     from lora_cli.engine.micro_step import Training
     from lora_cli.experiment import Experiment
-    from lora_cli.foresight import Foresight
 
 __all__ = [
-    "complete",
     "completing",
     "follow",
     "going_on",
@@ -60,7 +57,6 @@ __all__ = [
     "prepare",
     "report",
     "run",
-    "show",
 ]
 
 Metrics = Mapping[str, float | None]
@@ -111,6 +107,7 @@ def follow(spec: TrainRun) -> None:
     from lora_cli.engine.device import open_device
     from lora_cli.engine.micro_step import alone
     from lora_cli.engine.train import NEVER, Stopped
+    from lora_cli.recording import Silence
 
     # Whether to stop is for the first to decide: all have to stop at the same step.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -121,7 +118,7 @@ def follow(spec: TrainRun) -> None:
     spec, task = pinned(spec), build_task(spec.task)
     experiment = prepare(spec, task, load_splits(spec, task, quiet), quiet)
     with suppress(Stopped), tempfile.TemporaryDirectory() as folder:
-        _, validated = alone(experiment.training)(_Silence(), None, NEVER)
+        _, validated = alone(experiment.training)(Silence(), None, NEVER)
         experiment.save(Path(folder) / "adapter")
         for split in _scored_splits(spec):
             if split != "validation" or validated is None:
@@ -206,12 +203,14 @@ def make(
         UserError: something given does not fit.
         TrainingFailure: the training cannot go on; its checkpoints stay.
     """
+    from lora_cli.engine.micro_step import alone
+
     spec = pinned(spec)
     with ranks.beside(spec, follow):
         experiment = prepare(spec, task, load_splits(spec, task, screen), screen)
         folder = RunDirectory.create(to_plain(spec), directory=directory, overrides=overrides)
         with folder.held():
-            return folder, complete(experiment, folder, None, screen, overrides=overrides, started=started)
+            return folder, alone(completing)(experiment, folder, None, screen, overrides=overrides, started=started)
 
 
 def prepare(spec: TrainRun, task: Task, rows: Mapping[str, Rows], screen: Screen) -> Experiment:
@@ -250,13 +249,6 @@ def newest_checkpoint(experiment: Experiment, folder: RunDirectory) -> Checkpoin
     return checkpoint.load_newest(folder.checkpoints, identity=_identity(experiment, folder))
 
 
-def complete(*args: Any, **kwargs: Any) -> dict[str, Metrics]:
-    """`completing`, with nothing else to wait for."""
-    from lora_cli.engine.micro_step import alone
-
-    return alone(completing)(*args, **kwargs)
-
-
 def completing(
     experiment: Experiment,
     folder: RunDirectory,
@@ -276,6 +268,7 @@ def completing(
         TrainingFailure: the training cannot go on; its checkpoints stay.
     """
     from lora_cli.engine.train import Stopped
+    from lora_cli.recording import recording
     from lora_cli.tokenizer import save_tokenizer
 
     spec = experiment.spec
@@ -286,8 +279,8 @@ def completing(
         folder.cut_metrics(resume.progress.step if resume else 0, scored=not (resume and resume.progress.unscored))
         if resume is not None:
             screen.fact("resumes", f"{folder.path} from step {resume.progress.step}")
-        recording = _recording(folder, screen, experiment)
-        with recording as recorder, stopping() as stop, suppress(Stopped):
+        recorded = recording(folder, screen, experiment, _identity(experiment, folder))
+        with recorded as recorder, stopping() as stop, suppress(Stopped):
             progress, validated = yield from experiment.training(recorder, resume, stop)
         experiment.save(folder.adapter)
         known = {} if validated is None else {"validation": validated}
@@ -358,57 +351,6 @@ def _score(
     return scorer.result()
 
 
-class _Silence:
-    """Hears what a training tells, and keeps nothing: the first process does."""
-
-    def metrics(self, step: int, values: Metrics) -> None: ...
-
-    def progress(self, progress: Progress, total: int, loss: float, lr: float) -> None: ...
-
-    def scored(self, step: int, metrics: Metrics, *, best: bool) -> None: ...
-
-    def checkpoint(self, checkpoint: Checkpoint) -> None: ...
-
-
-class _Recording:
-    """The loop's side effects: metrics to run folder and tracker, progress to the screen, checkpoints to disk."""
-
-    def __init__(
-        self,
-        folder: RunDirectory,
-        screen: Screen,
-        tracker: Tracker,
-        keep: int,
-        identity: Mapping[str, str],
-        foresight: Foresight,
-    ) -> None:
-        self._foresight = foresight
-        self._foretold = folder.facts().get("forecast", {}).get("steps")
-        self._folder, self._screen, self._tracker, self._keep, self._identity = folder, screen, tracker, keep, identity
-
-    def metrics(self, step: int, values: Metrics) -> None:
-        self._folder.append_metrics({"step": step, **values})
-        self._tracker.log(step, {name: value for name, value in values.items() if value is not None})
-
-    def scored(self, step: int, metrics: Metrics, *, best: bool) -> None:
-        self._screen.scored(step, metrics, best=best)
-        self._folder.log(f"step {step}: " + ", ".join(f"{name} {value}" for name, value in metrics.items()))
-
-    def progress(self, progress: Progress, total: int, loss: float, lr: float) -> None:
-        left = progress.train_s / progress.step * (total - progress.step)
-        rows_per_s, tokens_per_s = progress.rows / progress.train_s, progress.tokens / progress.train_s
-        self._screen.step(progress.step, total, loss, lr, rows_per_s, tokens_per_s, left)
-        # A training that goes on keeps what was foretold of it, one that was prolonged does not.
-        if self._foretold != total and progress.step < total:
-            self._foretold = total
-            self._folder.update(forecast=self._foresight.facts(progress.step, total, progress.train_s))
-
-    def checkpoint(self, checkpoint: Checkpoint) -> None:
-        from lora_cli.engine.checkpoint import save
-
-        save(self._folder.checkpoints, checkpoint, identity=self._identity, keep=self._keep, whole=atomic_folder)
-
-
 @contextmanager
 def _noted(folder: RunDirectory) -> Iterator[None]:
     """What ends a run before its time goes into its folder; who interrupts it is told how to go on."""
@@ -419,98 +361,6 @@ def _noted(folder: RunDirectory) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt):
             raise type(error)(f"lora resume {shlex.quote(f'run={folder.path}')} continues it") from error
         raise
-
-
-@contextmanager
-def _recording(folder: RunDirectory, screen: Screen, experiment: Experiment) -> Iterator[_Recording]:
-    """A recorder for the time of a training."""
-    from lora_cli.foresight import Foresight
-
-    spec, identity = experiment.spec, _identity(experiment, folder)
-    tracker = open_tracker(spec.tracker, folder.path, to_plain(spec))
-    try:
-        yield _Recording(folder, screen, tracker, spec.train.keep, identity, Foresight(experiment))
-    finally:
-        screen.close()
-        tracker.close()
-
-
-def show(screen: Screen, experiment: Experiment) -> None:
-    """What was understood, before anything is trained."""
-    task, base, injection = experiment.task, experiment.base, experiment.injection
-    if experiment.spec.recipe:
-        _show_recipe(screen, experiment.spec, experiment.spec.recipe)
-    screen.fact("task", f"{task.spec.name}: {task.describe()}")
-    for split, encoded in experiment.data.items():
-        screen.fact(split, _data_line(encoded, task.spec.max_length))
-    screen.fact("model", f"{base.base_name} ({base.family}, from {base.source})")
-    if base.quantized:
-        screen.fact("quantised", base.quantized.describe())
-    if experiment.start:
-        screen.fact("starts from", _start_line(experiment))
-    screen.fact("device", f"{experiment.device} ({experiment.device.reason})")
-    if experiment.cache:
-        kept = f"the input of layer {experiment.cache.first} (counted from 0) of each text, at most"
-        screen.fact("cache", f"{kept} {experiment.spec.train.cache_gib:g} GiB ({experiment.spec.train.cache})")
-    table = [
-        (_layers(row.pattern, row.modules), len(row.modules), _ranks(row.ranks), row.num_parameters)
-        for row in injection.rows
-    ]
-    for name in injection.trained_whole:
-        size = sum(parameter.numel() for parameter in base.model.get_submodule(name).parameters())
-        table.append((f"{name} (whole)", 1, "", size))
-    screen.targets(table)
-    if injection.left_out:
-        screen.fact("left out", f"{', '.join(injection.left_out)} (not layers that can be adapted)")
-    share = injection.num_trainable / injection.num_total
-    memory = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters())
-    memory += base.quantized.bytes if base.quantized else 0
-    trainable, total = count(injection.num_trainable), count(injection.num_total)
-    screen.fact(
-        "in all", f"{trainable} of {total} parameters train ({share:.2%}); weights take {memory / 2**20:,.0f} MiB"
-    )
-
-
-def _data_line(encoded: Encoded, max_length: int) -> str:
-    tokens = encoded.num_tokens / len(encoded.examples)
-    line = f"{len(encoded.examples):,} rows of {tokens:.1f} tokens on average"
-    if isinstance(encoded, EncodedTexts) and encoded.queries:
-        line += f", {len(encoded.queries):,} distinct prompts"
-    line += f", {encoded.num_truncated:,} cut at {max_length}" if encoded.num_truncated else ""
-    if isinstance(encoded, EncodedTexts) and encoded.num_cut_targets:
-        line += f", {encoded.num_cut_targets:,} answers cut"
-    return line + (f", {encoded.num_empty:,} with an empty text" if encoded.num_empty else "")
-
-
-def _show_recipe(screen: Screen, spec: TrainRun, recipe: RecipeSpec) -> None:
-    """Whose settings these are, and what of them is not kept that no figure of the run would tell."""
-    screen.fact("recipe", f"{recipe.name}: {recipe.source}")
-    if spec.rows_per_step != recipe.global_batch:
-        published = f"{recipe.global_batch} ({recipe.batch_per_device} × {recipe.devices})"
-        times = f"{spec.rows_per_step / recipe.global_batch:.3g} times the recipe's {published}"
-        screen.warning(f"{spec.rows_per_step} rows a step, {times}: train.batch_size, train.accumulation")
-    if recipe.starts_from and spec.lora.init_from is None:
-        screen.warning(f"the recipe starts from the adapter of {recipe.starts_from}: lora.init_from=RUN")
-
-
-def _start_line(experiment: Experiment) -> str:
-    """Which adapter it is that the training goes on from, and whether its head is kept."""
-    assert experiment.start is not None
-    lora, known = experiment.spec.lora, experiment.start.file.extra
-    line = f"{lora.init_from} ({known.get('task')}, SHA-256 {(lora.init_digest or '')[:12]})"
-    if not experiment.base.fresh:
-        return line
-    return f"{line}, its head too" if experiment.start.keeps_head else f"{line}; the head is new, for other labels"
-
-
-def _layers(pattern: str, modules: Sequence[str]) -> str:
-    """An entry of lora.targets, with the names it stands for."""
-    names = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
-    return pattern if names == [pattern] else f"{pattern}: {', '.join(names)}"
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return "/".join(map(str, sorted(set(ranks))))
 
 
 def report(screen: Screen, folder: RunDirectory, metrics: Mapping[str, Metrics], spec: TrainRun) -> float | None:
