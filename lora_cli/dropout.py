@@ -135,7 +135,8 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
 def _drop(x: torch.Tensor, p: float) -> torch.Tensor:
     import torch
 
-    if x.device.type != "cpu":
+    # A compiler has masks that cost little of its own.
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.dropout(x, p, train=True)
     dropped = round(p * _LEVELS)
     if dropped == _LEVELS:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,9 +19,10 @@ import torch
 
 from lora_cli import __version__
 from lora_cli.checkpointing import checkpoint_layers, layers_of
+from lora_cli.compiled import compile_forward
 from lora_cli.engine.batches import by_length
 from lora_cli.engine.checkpoint import Checkpoint, Progress
-from lora_cli.engine.device import Device, open_device
+from lora_cli.engine.device import Device, lacks_compiler, open_device
 from lora_cli.engine.evaluate import evaluate, forward, predict, rehearse
 from lora_cli.engine.generate import generate
 from lora_cli.engine.micro_step import Training, alone
@@ -105,11 +107,16 @@ class Ground:
         device.world.share_out(base.model, base.fresh, device.device)
         settle = _at_home(spec, base, device)
         data = {split: task.encode(found, base) for split, found in rows.items()}
-        is_packed = spec.train.packing is not False and _remove_padding(task, base, data["train"], device)
+        is_packed = (
+            spec.train.packing is not False
+            and not device.compiles
+            and _remove_padding(task, base, data["train"], device)
+        )
         if spec.train.packing and not is_packed:
             raise ConfigError("train.packing", "true", f"not with {base.family}, whose attention needs padded texts")
         # Of weights that are split, the head's is whole only while the head itself is computed.
-        _make_logits_late("off" if device.world.is_sharded else spec.train.logits_chunk, task, base)
+        is_plain = device.world.is_sharded or device.compiles
+        _make_logits_late("off" if is_plain else spec.train.logits_chunk, task, base)
         # Layers whose weights come and go are computed again anyway.
         if spec.train.checkpointing and not spec.device.offload_base:
             checkpoint_layers(base.model, base.family)
@@ -167,6 +174,8 @@ class Experiment:
         _check_start(spec, ground, base)
         if start is not None:
             start.put(base.model, injection)
+        if spec.device.compile:
+            _compile(base, device, task.spec.max_length)
         settle_down()
         return cls(
             spec=spec,
@@ -517,6 +526,15 @@ def _at_home(spec: TrainRun, base: BaseModel, device: Device) -> Callable[[], ob
         return Streamed(base.model, layers, device.device).place
     base.model.to(device.device)
     return partial(base.model.to, device.device)
+
+
+def _compile(base: BaseModel, device: Device, longest: int) -> None:
+    """Have the forward passes compiled, or tell why they are not."""
+    lacking = lacks_compiler(device.device.type)
+    if lacking is None:
+        compile_forward(base.model, pad=int(base.tokenizer.pad_token_id), longest=longest)
+    elif device.world.rank == 0:
+        warnings.warn(f"device.compile: goes on uncompiled, {lacking}", stacklevel=2)
 
 
 def _make_logits_late(setting: str, task: Task, base: BaseModel) -> None:

@@ -60,8 +60,9 @@ def why_alone(spec: TrainRun) -> str | None:
         return f"train.cache={spec.train.cache}"
     if spec.train.batch_size == "auto":
         return "train.batch_size=auto"
-    if spec.device.offload_base:
-        return "device.offload_base=true"
+    for key in ("offload_base", "compile"):
+        if getattr(spec.device, key):
+            return f"device.{key}=true"
     if spec.tracker.name in ("wandb", "mlflow"):
         # Their libraries know one current run in a process.
         return f"tracker={spec.tracker.name}"

@@ -22,7 +22,7 @@ LAYERS = (
         *("traced", "xy_plot"),
     ),
     (
-        *("checkpointing", "isolation", "late_logits", "row_attention", "screen"),
+        *("checkpointing", "compiled", "isolation", "late_logits", "row_attention", "screen"),
         *("terminal", "tokenizer", "trackers", "words"),
     ),
     ("config", "frozen_cache", "nn", "runs", "sources", "tasks", "unpadded"),

@@ -9,6 +9,7 @@ import resource
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,9 +18,10 @@ import torch
 from lora_cli.engine.distributed import ALONE, World, join, local
 from lora_cli.engine.offload import saved_on_host
 from lora_cli.errors import ConfigError
+from lora_cli.machine import compiler
 from lora_cli.spec import DeviceSpec, TrainDeviceSpec
 
-__all__ = ["Card", "Device", "Hardware", "hardware", "one_card", "open_device", "unless_full"]
+__all__ = ["Card", "Device", "Hardware", "hardware", "lacks_compiler", "one_card", "open_device", "unless_full"]
 
 T = TypeVar("T")
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,6 +37,8 @@ class Device:
     offload_activations: bool = False
     world: World = ALONE
     """The processes that train together."""
+    compiles: bool = False
+    """Whether forward passes are to be compiled."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,7 +126,7 @@ class Device:
         """What the last digits of its numbers depend on, beginning with what others depend on as well."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         is_alone_on_cpu = self.device.type == "cpu" and self.world.size == 1
-        return f"{name}, {self.precision}{_threads() if is_alone_on_cpu else ''}"
+        return f"{name}, {self.precision}{_threads() if is_alone_on_cpu else ''}{', compiled' * self.compiles}"
 
     def __str__(self) -> str:
         if self.world.size == 1:
@@ -219,7 +223,15 @@ def open_device(spec: DeviceSpec) -> Device:
     if name == "cuda":
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     world = join(device, shard=asked.shard)
-    return Device(device, precision, reason, asked.offload_activations, world)
+    compiles = asked.compile and lacks_compiler(name) is None
+    return Device(device, precision, reason, asked.offload_activations, world, compiles)
+
+
+def lacks_compiler(name: str) -> str | None:
+    """What torch.compile wants on a device called `name` and does not find; None: it has all."""
+    if name == "cuda":
+        return None if find_spec("triton") else "Triton is not installed"
+    return None if compiler() else "there is no C++ compiler"
 
 
 def _precision(asked: str, name: str) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from lora_cli.compiled import compiled_form
 from lora_cli.engine.batches import by_length
 from lora_cli.engine.device import Device
 from lora_cli.late_logits import takes_late
@@ -62,6 +63,8 @@ def forward(
     if for_loss and takes_late(model):
         how["late"] = True
     inputs = {name: value for name, value in batch.items() if name != "labels" or takes_labels(model)}
+    if (compiled := compiled_form(model)) and not how:
+        return compiled(inputs)
     logits: torch.Tensor = model(**inputs, **how).logits
     return logits
 

@@ -35,6 +35,9 @@ class DeviceSpec:
 class TrainDeviceSpec(DeviceSpec):
     """Where it trains: one process, or several that share every step's rows."""
 
+    compile: bool = False
+    """Compile the forward and backward pass (torch.compile), of training and its scorings; nothing where no compiler is
+    at hand. Texts are padded to few lengths."""
     nproc: int = 1
     """Processes that train together on this machine; 0: one for each GPU. With torchrun its count holds."""
     shard: bool = False

@@ -69,6 +69,8 @@ class TrainRun:
             raise ConfigError(f"train.{key}", getattr(self.train, key), allowed)
         if self.device.shard:
             self._check_shard()
+        if self.device.compile:
+            self._check_compile()
 
     def _check_shard(self) -> None:
         """Refuse what needs a frozen weight whole outside of its layer's turn, or trains one."""
@@ -87,6 +89,24 @@ class TrainRun:
         for key, (value, is_refused) in refused.items():
             if is_refused:
                 raise ConfigError(key, value, "not with device.shard=true (device=fsdp); device=ddp allows it")
+
+    def _check_compile(self) -> None:
+        """Refuse what a graph of fixed shapes and steps cannot hold."""
+        train, model = self.train, self.model
+        refused: dict[str, tuple[object, bool]] = {
+            "lora.variant": (self.lora.variant, self.lora.variant == "dylora"),
+            "model.quantization": (model.quantization, model.quantization != "none"),
+            "train.packing": ("true", train.packing is True),
+            "train.cache": (train.cache, train.cache != "off"),
+            "train.checkpointing": ("true", train.checkpointing),
+            "train.batch_size": ("auto", train.batch_size == "auto"),
+            "train.logits_chunk": (train.logits_chunk, train.logits_chunk not in ("auto", "off")),
+            "device.shard": ("true", self.device.shard),
+            "device.offload_base": ("true", self.device.offload_base),
+        }
+        for key, (value, is_refused) in refused.items():
+            if is_refused:
+                raise ConfigError(key, value, "not with device.compile=true")
 
     def candidates(self) -> list[TrainRun]:
         """This training with each batch size that auto can come to, smallest first; []: it is not auto."""
@@ -231,3 +251,5 @@ class PlanRun(TrainRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         known_batch(self.train, "lora plan")
+        if self.device.compile:
+            raise ConfigError("device.compile", "true", "not with lora plan, whose steps are not compiled")

@@ -127,6 +127,13 @@ def test_a_base_that_waits_on_the_host_takes_less_than_layers_computed_again_alo
     assert waiting.peak_mib < again.peak_mib
 
 
+def test_compiled_kernels_compute_the_same(train: Train) -> None:
+    pytest.importorskip("triton", reason="without Triton nothing is compiled for CUDA")
+    words = (*CLASSIFIER, "device=cuda", "lora.dropout=0", "model.dropout=0")
+    plain, ours = train(*words), train(*words, "device.compile=true")
+    assert ours.losses == pytest.approx(plain.losses, rel=1e-3)
+
+
 def test_a_gpu_writes_what_a_cpu_writes(train: Train, lora: Callable[..., Completed]) -> None:
     run = train(*WRITER, "device=cuda").path
     words = ("infer", f"run={run}", "input=validation.jsonl", "device.precision=fp32")
