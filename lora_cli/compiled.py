@@ -81,12 +81,18 @@ class Compiled:
         return max(length, min(power, self._longest))
 
 
-def compile_forward(model: PreTrainedModel, *, pad: int, longest: int) -> None:
+def compile_forward(model: PreTrainedModel, *, pad: int, longest: int, is_alone: bool) -> None:
     """Have `engine.evaluate.forward` compute the logits of `model` compiled; see `Compiled`.
+
+    A process that `is_alone` in this training lets others help it compile.
 
     `model` itself stays as it is, in its modules, their names and its other uses: what writes text grows by a token at
     a time, a shape each.
     """
+    if not is_alone:
+        import torch._inductor.config
+
+        torch._inductor.config.compile_threads = 1
     model.__dict__["_lora_compiled"] = Compiled(model, pad=pad, longest=longest)
 
 

@@ -532,7 +532,8 @@ def _compile(base: BaseModel, device: Device, longest: int) -> None:
     """Have the forward passes compiled, or tell why they are not."""
     lacking = lacks_compiler(device.device.type)
     if lacking is None:
-        compile_forward(base.model, pad=int(base.tokenizer.pad_token_id), longest=longest)
+        is_alone = device.world.size == 1
+        compile_forward(base.model, pad=int(base.tokenizer.pad_token_id), longest=longest, is_alone=is_alone)
     elif device.world.rank == 0:
         warnings.warn(f"device.compile: goes on uncompiled, {lacking}", stacklevel=2)
 

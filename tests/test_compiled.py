@@ -18,7 +18,7 @@ WRITER = ("model=tiny-gpt2", "task=text_generation", *FILMS, "task.prompt={text}
 WRITER += ("task.metrics=[perplexity]",)
 CLASSIFIER = ("model=tiny-bert", "task=text_classification", *FILMS, "task.text=[text]", "task.label=verdict")
 SHORT = ("train.epochs=2", "train.batch_size=8", "train.log_every=1", "lora.dropout=0", "model.dropout=0")
-SHORT += ("device=cpu", "device.threads=1")
+SHORT += ("device.threads=1",)
 
 
 @pytest.fixture
@@ -145,13 +145,14 @@ def test_what_a_graph_of_fixed_shapes_cannot_hold_is_refused(words, call) -> Non
 
 
 @pytest.mark.slow
-def test_kernels_that_are_compiled_compute_the_same(home, forked) -> None:
+@pytest.mark.parametrize("more", [(), ("device=ddp", "device.nproc=2")], ids=["one", "two"])
+def test_kernels_that_are_compiled_compute_the_same(more, home, forked) -> None:
     runs = []
     for name in ("plain", "compiled"):
-        words = (*CLASSIFIER, *SHORT, f"device.compile={name == 'compiled'}", f"hydra.run.dir={name}")
+        words = (*CLASSIFIER, *SHORT, *more, f"device.compile={name == 'compiled'}", f"hydra.run.dir={name}")
         process = forked("train", *words, cwd=home)
         assert process.returncode == 0, process.stderr
-        assert "uncompiled" not in process.stderr
+        assert not {"uncompiled", "leaked"} & set(process.stderr.split())
         runs.append(read_jsonl(home / name / "metrics.jsonl"))
     for one, other in zip(*runs, strict=True):
         assert other == pytest.approx(one, rel=1e-5, abs=1e-6)
