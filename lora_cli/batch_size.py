@@ -7,7 +7,6 @@ again.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator
@@ -59,16 +58,9 @@ def settled(spec: TrainRun) -> tuple[TrainRun, Found]:
     with tempfile.TemporaryDirectory(prefix="lora-batch-") as name:
         folder = Path(name)
         # Not forked: the peak of a process is its own only if it has started by itself.
-        process = multiprocessing.get_context("spawn").Process(target=_work, args=(spec, folder))
-        process.start()
-        try:
-            process.join()
-        except BaseException:
-            process.terminate()
-            process.join()
-            raise
+        code = isolation.spawned(_work, spec, folder)
         if not (folder / "found.json").exists():
-            how = isolation.last_line(folder / "output.txt") or f"ended with {process.exitcode}, out of memory perhaps"
+            how = isolation.last_line(folder / "output.txt") or f"ended with {code}, out of memory perhaps"
             raise TrainingFailure(f"train.batch_size=auto: no batch fits: {how}")
         # Killed for its memory, it has left the last batch for which it was not.
         found = Found(**json.loads((folder / "found.json").read_text(encoding="utf-8")))

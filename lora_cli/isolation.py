@@ -16,11 +16,12 @@ from contextlib import suppress
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from lora_cli.disk import open_plain
 from lora_cli.errors import UserError, printable
 
-__all__ = ["forks", "last_line", "obey", "settle", "start", "start_logged"]
+__all__ = ["forks", "last_line", "obey", "settle", "spawned", "start", "start_logged"]
 
 _TAIL_BYTES = 4096
 
@@ -65,6 +66,19 @@ def forks() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lora_cli.preload"])
     return context
+
+
+def spawned(work: Callable[..., None], *given: Any) -> int | None:
+    """Do `work` in a process that starts by itself and is waited for; returns its exit code."""
+    process = multiprocessing.get_context("spawn").Process(target=work, args=given)
+    process.start()
+    try:
+        process.join()
+    except BaseException:
+        process.terminate()
+        process.join()
+        raise
+    return process.exitcode
 
 
 def settle(streams: Sequence[Path], cwd: Path, environ: Mapping[str, str]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import tempfile
 import time
@@ -74,16 +73,9 @@ def measure(spec: TrainRun, *, seconds: float) -> Measured:
         folder = Path(name)
         output, result = folder / "output.txt", folder / "measured.json"
         # Not forked: what a process that starts by itself holds of its libraries is a large part of the peak.
-        process = multiprocessing.get_context("spawn").Process(target=_work, args=(spec, seconds, folder, output))
-        process.start()
-        try:
-            process.join()
-        except BaseException:
-            process.terminate()
-            process.join()
-            raise
+        code = isolation.spawned(_work, spec, seconds, folder, output)
         if not result.exists():
-            how = isolation.last_line(output) or f"ended with {process.exitcode}, out of memory perhaps"
+            how = isolation.last_line(output) or f"ended with {code}, out of memory perhaps"
             raise TrainingFailure(f"the measured steps failed: {how}")
         return Measured(**json.loads(result.read_text(encoding="utf-8")))
 
