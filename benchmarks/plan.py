@@ -2,9 +2,10 @@
 
     python benchmarks/plan.py                     all
     python benchmarks/plan.py --only minilm-lora  some of them
+    python benchmarks/plan.py --table             what has been measured, as Markdown
 
 Each pair is two processes, one after the other, on a machine with nothing else to do. Goal: memory within 10 %, time
-within 20 %.
+within 20 %. What is measured goes into results/plan.json at once, in the place of what is there of the same name.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from lora_cli.runs.directory import write_json
+from processes import surroundings
 
 GPT2 = ("model=tiny-gpt2", "model.random={n_embd:384,n_layer:6,n_head:6,vocab_size:8192,n_positions:512}")
 LLAMA = ("model=tiny-llama", "model.random={hidden_size:256,num_hidden_layers:4,intermediate_size:768}")
@@ -38,6 +42,9 @@ CASES: dict[str, tuple[str, ...]] = {
 }
 """Name → words of `lora train`."""
 LINES = 1500
+RESULTS = Path(__file__).resolve().parent / "results" / "plan.json"
+GOALS = {"memory": 0.1, "steps": 0.2, "all": 0.2}
+"""Figure → how far off it may be."""
 
 
 def lora(verb: str, words: tuple[str, ...], folder: Path) -> str:
@@ -65,20 +72,32 @@ def compared(words: tuple[str, ...]) -> dict[str, float]:
     }
 
 
+def rows(found: dict[str, dict[str, float]]) -> list[str]:
+    """A Markdown table: foretold / true and how far off; what misses its goal is marked."""
+    lines = ["| configuration | peak, MiB | | steps, s | | in all, s | |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for name, figures in found.items():
+        cells = []
+        for figure, goal in GOALS.items():
+            guess, truth = figures[figure], figures[f"true {figure}"]
+            miss = guess / truth - 1
+            cells += [f"{guess:,.0f} / {truth:,.0f}", f"{miss:+.0%}{' (missed)' * (abs(miss) > goal)}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
-    """Print a line a configuration."""
+    """Measure and keep, then print the table of all that is kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
-    chosen = parser.parse_args().only
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    print(f"{'':26}{'peak MiB':>18}{'':8}{'steps s':>16}{'':8}{'in all s':>16}")
-    for name in chosen:
-        found = compared(CASES[name])
-        line = f"{name:26}"
-        for figure in ("memory", "steps", "all"):
-            guess, truth = found[figure], found[f"true {figure}"]
-            line += f"{guess:>8,.0f} /{truth:>7,.0f} {guess / truth - 1:>+6.0%}  "
-        print(line, flush=True)
+    known: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cases": {}}
+    for name in [] if args.table else args.only:
+        known = {**surroundings(), "cases": {**known["cases"], name: compared(CASES[name])}}
+        write_json(RESULTS, known)
+        print(rows({name: known["cases"][name]})[-1], flush=True)
+    print("\n".join(rows({name: known["cases"][name] for name in CASES if name in known["cases"]})))
 
 
 if __name__ == "__main__":

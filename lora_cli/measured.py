@@ -37,6 +37,8 @@ _LEAST, _MOST = 4, 40
 """Steps that are timed."""
 _SAMPLED = 4
 """Batches of a split that are scored."""
+_LONGEST = 12
+"""Batches in a row that are scored for the peak alone: an allocator grows with the first few of different lengths."""
 _FAR = 10**9
 
 
@@ -137,6 +139,8 @@ def _measured(spec: TrainRun, seconds: float, folder: Path) -> Measured:
     scoring_s = scorings * _scoring_s(experiment, "validation", answers=False)
     known = {"validation"} if not experiment.task.generates else set()
     scoring_s += sum(_scoring_s(experiment, split, answers=True) for split in scored if split not in known)
+    for split in dict.fromkeys(["validation", *scored]):
+        _score_longest(experiment, split)
     saves = load.steps // spec.train.save_every if spec.train.save_every else scorings
     started = time.perf_counter()
     experiment.save(folder / "adapter")
@@ -180,6 +184,14 @@ def _sample(experiment: Experiment, split: str) -> Encoded:
     batches = _batches(experiment, split)
     chosen = batches[:: max(1, len(batches) // _SAMPLED)][:_SAMPLED]
     return replace(data, examples=[data.examples[number] for batch in chosen for number in batch])
+
+
+def _score_longest(experiment: Experiment, split: str) -> None:
+    """Score the batches of a split that a scoring begins with."""
+    data = experiment.data[split]
+    numbers = [number for batch in _batches(experiment, split)[:_LONGEST] for number in batch]
+    part = replace(data, examples=[data.examples[number] for number in numbers])
+    replace(experiment, data={**experiment.data, split: part}).score(split, answers=False)
 
 
 def _batches(experiment: Experiment, split: str) -> list[list[int]]:

@@ -42,8 +42,6 @@ _BUSY = 0.4
 """Share of a GPU's peak that a training reaches, as a rule."""
 _MANY = (2, 4, 8)
 """GPUs among which the base is shared out."""
-_TRAINED = 4
-"""Of a number that is trained: whole on each GPU."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +180,10 @@ def _shared(spec: TrainRun, own: Forecast, number: int) -> Forecast:
 
     One layer is whole at a time, which is little beside the rest.
     """
-    trained = _TRAINED * (own.adapter + own.whole)
+    from lora_cli.engine.memory import FP32
+
+    # What is trained is whole on each GPU.
+    trained = FP32 * (own.adapter + own.whole)
     weights = trained + math.ceil((own.weights - trained) / number)
     # Whole micro-batches where they can be shared out evenly, else rows of each.
     rows = spec.train.rows
