@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST_ARGS ?=
+# One more than there are processors: many tests wait for processes that they have started.
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 KILLS ?= 100
 SECONDS ?= 60
 BENCH_ARGS ?=
@@ -39,7 +41,7 @@ demo: ## train, score and use an adapter on real weights, offline, in about two 
 	@echo "       $(BIN)/lora train task=text_classification task.data.train=YOUR.csv task.text=[text] task.label=label"
 
 test: install ## the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-gpu: install ## what only a GPU can show; skipped, with the reason, where there is none
 	$(BIN)/python -m pytest tests/gpu -m gpu -rs $(PYTEST_ARGS)
