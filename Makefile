@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e ".[dev]"
 	touch $@
 
-demo: ## train, score and use an adapter on real weights, offline, in about two minutes
+demo: ## train, score and use an adapter on real weights, offline, in about two minutes after installing
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/lora || { $(PIP) install -c constraints.txt torch && $(PIP) install -c constraints.txt ".[demo]"; }
 	$(BIN)/lora train task=support_intents model=minilm $(DEMO_SETTINGS)

@@ -21,9 +21,8 @@ from lora_cli.process import GentleStop
 from lora_cli.spec import ClassificationSpec, DataSpec, LoraSpec, ModelSpec, TrainRun, TrainSpec
 from lora_cli.tasks import build_task, load_splits
 
-TINY = ModelSpec(
-    name="tiny", family="bert", random={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-)
+SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+TINY = ModelSpec(name="tiny", family="bert", random={**SIZES, "num_hidden_layers": 2})
 INTENTS = ClassificationSpec(
     name="support_intents", data=DataSpec(embedded="support_intents", train_limit=24, validation_limit=12)
 )
@@ -34,7 +33,7 @@ UPPER = {
         name="tiny",
         family="bert",
         dropout=0.0,
-        random={"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2},
+        random={**SIZES, "num_hidden_layers": 3},
     ),
     "lora": LoraSpec(targets=[r"re:.*layer\.2\..*(query|value)"], dropout=0.3),
 }

@@ -29,9 +29,10 @@ from lora_cli.spec import (
 )
 from lora_cli.together import Part, common, train_together, why_alone
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+_SHARED = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {**_SHARED, "intermediate_size": 64}
 DECODER = {"n_embd": 32, "n_layer": 2, "n_head": 2}
-OPT = {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32}
+OPT = {**_SHARED, "ffn_dim": 64, "word_embed_proj_dim": 32}
 INTENTS = ClassificationSpec(
     name="support_intents", data=DataSpec(embedded="support_intents", train_limit=20, validation_limit=8)
 )
