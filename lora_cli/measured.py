@@ -27,6 +27,7 @@ from lora_cli.engine.train import NEVER
 from lora_cli.errors import TrainingFailure
 from lora_cli.experiment import Experiment
 from lora_cli.forecast import load_of, num_scorings, worst_batch
+from lora_cli.process import hurry
 from lora_cli.spec import TrainRun
 from lora_cli.tasks import Encoded, EncodedTexts, TextTask, build_task, load_rows
 from lora_cli.unpadded import removes_padding
@@ -83,6 +84,8 @@ def measure(spec: TrainRun, *, seconds: float) -> Measured:
 
 
 def _work(spec: TrainRun, seconds: float, folder: Path, output: Path) -> None:
+    # As a command that trains starts; else its imports would be foretold to take longer.
+    hurry()
     isolation.settle([Path(os.devnull), output, output], Path.cwd(), dict(os.environ))
     found = _measured(spec, seconds, folder)
     (folder / "measured.tmp").write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
