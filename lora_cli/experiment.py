@@ -23,6 +23,7 @@ from lora_cli.compiled import compile_forward
 from lora_cli.engine.batches import by_length
 from lora_cli.engine.checkpoint import Checkpoint, Progress
 from lora_cli.engine.device import Device, lacks_compiler, open_device
+from lora_cli.engine.distributed import move_whole
 from lora_cli.engine.evaluate import evaluate, forward, predict, rehearse
 from lora_cli.engine.generate import generate
 from lora_cli.engine.micro_step import Training, alone
@@ -104,7 +105,7 @@ class Ground:
             device=device.device,
             keep_original=spec.lora.init == "loftq",
         )
-        device.world.share_out(base.model, base.fresh, device.device)
+        device.world.share_out(base.model, base.fresh, device.device, offload=spec.device.offload_base)
         settle = _at_home(spec, base, device)
         data = {split: task.encode(found, base) for split, found in rows.items()}
         is_packed = (
@@ -118,7 +119,7 @@ class Ground:
         is_plain = device.world.is_sharded or device.compiles
         _make_logits_late("off" if is_plain else spec.train.logits_chunk, task, base)
         # Layers whose weights come and go are computed again anyway.
-        if spec.train.checkpointing and not spec.device.offload_base:
+        if spec.train.checkpointing and not _streams(spec):
             checkpoint_layers(base.model, base.family)
         logits = _logits(task, base, data["train"], device)
         return cls(
@@ -517,15 +518,23 @@ def _remove_padding(task: Task, base: BaseModel, data: Encoded, device: Device) 
     return True
 
 
+def _streams(spec: TrainRun) -> bool:
+    """Whether the weights of a layer are fetched by us for its turn; those that are split, by what split them."""
+    return spec.device.offload_base and not spec.device.shard
+
+
 def _at_home(spec: TrainRun, base: BaseModel, device: Device) -> Callable[[], object]:
     """Move the model to its device, with device.offload_base all but the weights of its layers; returns what moves it
     again after a change.
     """
-    if spec.device.offload_base:
+    if _streams(spec):
         layers = layers_of(base.model, base.family, key="device.offload_base")
         return Streamed(base.model, layers, device.device).place
-    base.model.to(device.device)
-    return partial(base.model.to, device.device)
+    place: Callable[[], object] = partial(base.model.to, device.device)
+    if spec.device.offload_base:
+        place = partial(move_whole, base.model, device.device)
+    place()
+    return place
 
 
 def _compile(base: BaseModel, device: Device, longest: int) -> None:

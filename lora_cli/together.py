@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lora_cli.commands import train
 from lora_cli.errors import INTERRUPTED, in_words
+from lora_cli.late_logits import tokens_at_once
 from lora_cli.process import GentleStop, gentle_stop, leave, settle_down, signals_and_warnings
 from lora_cli.screen import Screen
 from lora_cli.spec import TrainRun
@@ -107,7 +108,7 @@ def train_together(parts: Sequence[Part], *, at_once: int, mixed: bool | None, t
         mixed = shared.ground.device.device.type != "cpu"
     # Padded to the longest row of all, attention would draw other dropout than each alone.
     mixed = mixed and shared.ground.is_packed
-    # The layer that makes the logits would be called where nobody says whose rows they are.
+    # The layer that makes them part by part would be called where nobody says whose rows they are.
     mixed = mixed and parts[0].spec.train.logits_chunk in ("auto", "off")
     with gentle_stop() as stop:
         waiting, running = deque(parts), list[_Running]()
@@ -115,7 +116,7 @@ def train_together(parts: Sequence[Part], *, at_once: int, mixed: bool | None, t
             while waiting and len(running) < at_once and not stop.is_asked:
                 running.append(_Running(waiting.popleft(), shared, stop, len(parts), tell))
             running = [each for each in running if each.wants is not None]
-            if mixed and len(running) > 1:
+            if mixed and len(running) > 1 and shared.holds_logits(running):
                 _mixed(shared, running)
             else:
                 for each in running:
@@ -145,13 +146,24 @@ class _Shared:
         from lora_cli.nn import Bank
 
         self._rows: dict[int, tuple[Mapping[str, Rows], Mapping[str, Encoded]]] = {}
-        self._task = build_task(spec.task)
+        self._task, self._logits_chunk = build_task(spec.task), spec.train.logits_chunk
         rows = train.load_splits(spec, self._task, Screen())
         self.ground: Ground = Ground.lay(spec, self._task, rows)
         base = self.ground.base
         self.bank = Bank(base.model, fresh=base.fresh, fingerprint=base.fingerprint)
         self._rows[spec.seed_for("data")] = rows, self.ground.data
         settle_down()
+
+    def holds_logits(self, running: Sequence[_Running]) -> bool:
+        """Whether the logits of all their batches may exist at the same time, by train.logits_chunk."""
+        from lora_cli.engine.mixed_step import num_learnt
+        from lora_cli.unpadded import takes_labels
+
+        setting, model = self._logits_chunk, self.bank.model
+        if setting == "off" or not takes_labels(model):
+            return True
+        learnt = sum(num_learnt(each.wants.batch["labels"]) for each in running if each.wants is not None)
+        return learnt <= tokens_at_once(setting, self.ground.base.model.config.vocab_size)
 
     def rows(self, spec: TrainRun, screen: Screen) -> tuple[Mapping[str, Rows], Mapping[str, Encoded]]:
         """The rows that a training reads, and as the model takes them: drawn by its own seed, if any are drawn."""

@@ -22,7 +22,7 @@ from torch import distributed as dist
 
 from lora_cli.errors import ConfigError, TrainingFailure
 
-__all__ = ["ALONE", "Share", "World", "join", "leave", "local"]
+__all__ = ["ALONE", "Share", "World", "join", "leave", "local", "move_whole"]
 
 T = TypeVar("T")
 
@@ -134,25 +134,41 @@ class World:
                     f"self-check: processes {self.rank} and {rank} have different values of {names[0]}"
                 )
 
-    def share_out(self, model: torch.nn.Module, trained: Iterable[str], device: torch.device) -> None:
+    def share_out(
+        self, model: torch.nn.Module, trained: Iterable[str], device: torch.device, *, offload: bool = False
+    ) -> None:
         """Split the frozen weights of `model` over the processes, if that is wanted (FSDP2, `fully_shard`).
 
         Each layer is whole in a process only while it is computed. The submodules `trained` stay whole, and where they
-        are; what is split goes to `device`, layer by layer.
+        are; what is split goes to `device`, layer by layer, with `offload` only for its layer's turn.
         """
         if not self.is_sharded:
             return
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
         whole = {p for name in trained for p in model.get_submodule(name).parameters()}
         for parameter in model.parameters():
             # Before it is split: later it would not reach the copies that layers are put together in.
             parameter.requires_grad_(parameter in whole)
         mesh = init_device_mesh(device.type, (self.size,))
+        where = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload else OffloadPolicy()
         for layer in _layers(model):
-            fully_shard(layer, mesh=mesh, ignored_params=whole)
-        fully_shard(model, mesh=mesh, ignored_params=whole)
+            fully_shard(layer, mesh=mesh, ignored_params=whole, offload_policy=where)
+        fully_shard(model, mesh=mesh, ignored_params=whole, offload_policy=where)
+
+
+@torch.no_grad()
+def move_whole(model: torch.nn.Module, device: torch.device) -> None:
+    """Move what is not split over processes to `device`; what is waits where `World.share_out` has put it."""
+    from torch.distributed.tensor import DTensor
+
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and not isinstance(parameter, DTensor):
+                parameter.data = parameter.to(device)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else buffer.to(device)
 
 
 def _layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:

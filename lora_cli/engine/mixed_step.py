@@ -18,7 +18,7 @@ from lora_cli.engine.micro_step import Answer, MicroStep
 from lora_cli.nn import Bank
 from lora_cli.unpadded import takes_labels
 
-__all__ = ["gradients"]
+__all__ = ["gradients", "num_learnt"]
 
 _IGNORED = -100
 """Label of what is not learnt."""
@@ -46,7 +46,7 @@ def gradients(bank: Bank, wanted: Mapping[str, MicroStep]) -> dict[str, Answer]:
     with Streams(device.generator, states, (rows, tokens)).shared(), bank.rows(members):
         with device.autocast(), device.saving():
             logits = forward(bank.model, _stacked(batches), blocks=rows)
-            kept = [_num_learnt(batch["labels"]) for batch in batches] if takes_labels(bank.model) else rows
+            kept = [num_learnt(batch["labels"]) for batch in batches] if takes_labels(bank.model) else rows
             losses = [step.loss(own) for step, own in zip(steps, logits.split_with_sizes(kept), strict=True)]
         # Not the other way round: a mean over all would weigh one's rows by the number of others.
         torch.stack([step.scaled(loss) for step, loss in zip(steps, losses, strict=True)]).sum().backward()  # type: ignore[no-untyped-call]
@@ -66,6 +66,6 @@ def _stacked(batches: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.T
     return stacked
 
 
-def _num_learnt(labels: torch.Tensor) -> int:
+def num_learnt(labels: torch.Tensor) -> int:
     """Tokens that a decoder computes logits for."""
     return int((labels[:, 1:] >= 0).sum())

@@ -32,7 +32,7 @@ _Stack = tuple[Tensor, Tensor, Tensor]
 """All A, all s B, and the number of the adapter of each rank."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Part:
     """What computes one module for one adapter."""
 
@@ -41,12 +41,27 @@ class Part:
     """Whether it starts from the base's output, as nothing inside it but A, B and the like is the adapter's own."""
     rank: int | None
     """Of a layer that only adds s B A x to that output, the rows of A."""
+    _pair: tuple[Tensor, Tensor] | None = None
+    _state: list[tuple[int, int]] | None = None
 
     @classmethod
     def of(cls, module: nn.Module, *, is_beside: bool) -> Part:
         """The part that this module is."""
         pair = module.pair() if is_beside and isinstance(module, LoraLayer) else None
         return cls(module, is_beside, None if pair is None else len(pair[0]))
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and s B of a layer that has a rank: kept until one is written to, unless gradients are wanted."""
+        layer = self.module
+        assert isinstance(layer, LoraLayer)
+        parameters = [p for p in layer._parameters.values() if p is not None]
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        state = None if trains else [(p._version, p.data_ptr()) for p in parameters]
+        if self._pair is None or state is None or state != self._state:
+            pair = layer.pair()
+            assert pair is not None, "it would have no rank"
+            self._pair, self._state = (pair[0], pair[1] * layer.scaling), state
+        return self._pair
 
     def compute(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, take: Callable[[Tensor], Tensor]
@@ -72,7 +87,6 @@ class Slot:
         self._rank = sum(part.rank or 0 for part in parts.values())
         self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
         self._stack: _Stack | None = None
-        self._state: list[tuple[int, int]] | None = None
         self.was_called = False
 
     def start(self, seating: Seating, *, is_training: bool) -> None:
@@ -133,14 +147,10 @@ class Slot:
                 output[here].addmm_(x[here] @ A.T, B.T)
 
     def _refresh(self) -> None:
-        """Have A and s B of each layer: kept until one is written to, unless gradients are wanted."""
-        parameters = [p for layer in self._layers.values() for p in layer._parameters.values() if p is not None]
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        state = None if trains else [(p._version, p.data_ptr()) for p in parameters]
-        if state is None or state != self._state:
-            found = {number: (layer.pair(), layer.scaling) for number, layer in self._layers.items()}
-            self._pairs = {number: (pair[0], pair[1] * s) for number, (pair, s) in found.items() if pair is not None}
-            self._state, self._stack = state, None
+        """Have A and s B of each layer, as they are now."""
+        pairs = {number: self._parts[number].pair() for number in self._layers}
+        if any(pair is not self._pairs.get(number) for number, pair in pairs.items()):
+            self._pairs, self._stack = pairs, None
 
     def _stacked(self) -> _Stack:
         if self._stack is None:

@@ -45,8 +45,8 @@ class TrainDeviceSpec(DeviceSpec):
     offload_activations: bool = False
     """Let what the backward pass needs wait in the host's memory; CUDA only."""
     offload_base: bool = False
-    """Let the frozen weights of the layers wait in the host's memory, and each layer be computed again in the backward
-    pass, as with train.checkpointing; CUDA only."""
+    """Let the frozen weights of the layers wait in the host's memory. Without device.shard each layer is computed again
+    in the backward pass, as with train.checkpointing. CUDA only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

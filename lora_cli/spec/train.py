@@ -84,7 +84,6 @@ class TrainRun:
             "model.quantization": (self.model.quantization, self.model.quantization != "none"),
             "train.cache": (self.train.cache, self.train.cache != "off"),
             "train.logits_chunk": (self.train.logits_chunk, self.train.logits_chunk not in ("auto", "off")),
-            "device.offload_base": (True, self.device.offload_base),
         }
         for key, (value, is_refused) in refused.items():
             if is_refused:

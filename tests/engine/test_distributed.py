@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import torch
 from hypothesis import given
@@ -60,3 +64,53 @@ def test_one_process_has_nobody_to_ask() -> None:
     assert ALONE.from_first("x") == "x"
     assert ALONE.sums(1.5, True, device=torch.device("cpu")) == [1.5, 1]
     ALONE.agree({"w": parameter})
+
+
+_SHARDED = """
+import torch
+from torch.distributed.tensor import DTensor
+from lora_cli.engine.distributed import join, leave, move_whole
+from lora_cli.nn import inject
+from lora_cli.spec import LoraSpec
+from nn.models import tiny_lm, trained
+
+CPU = torch.device("cpu")
+IDS = torch.arange(5, 65).view(4, 15)
+world = join(CPU, shard=True)
+
+def learnt(how):
+    model = tiny_lm("llama", vocab_size=100)
+    if how:
+        world.share_out(model, (), CPU, offload=how == "offload")
+        move_whole(model, CPU)
+    inject(model, LoraSpec(r=2, targets=["all-linear"]), groups={}, skip=("lm_head",), seed=0)
+    trained(model)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert all(isinstance(p, DTensor) for p in frozen) == bool(how)
+    loss = model(input_ids=IDS).logits.square().mean()
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+whole = learnt("")
+for how in ("split", "offload"):
+    torch.testing.assert_close(learnt(how), whole, rtol=1e-6, atol=1e-6)
+leave()
+"""
+
+
+def test_split_weights_give_the_gradients_of_whole_ones_wherever_they_wait(tmp_path: Path) -> None:
+    """On a CPU they wait where they are computed, but go the way of those that do not."""
+    paths = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+    common = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "LORA_MEETING": str(tmp_path / "meeting")}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", _SHARDED],
+            env={**common, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in both:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
