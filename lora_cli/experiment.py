@@ -23,11 +23,10 @@ from lora_cli.compiled import compile_forward
 from lora_cli.engine.batches import by_length
 from lora_cli.engine.checkpoint import Checkpoint, Progress
 from lora_cli.engine.device import Device, lacks_compiler, open_device
-from lora_cli.engine.distributed import move_whole
 from lora_cli.engine.evaluate import evaluate, forward, predict, rehearse
 from lora_cli.engine.generate import generate
 from lora_cli.engine.micro_step import Training, alone
-from lora_cli.engine.offload import Streamed
+from lora_cli.engine.offload import Streamed, move_whole
 from lora_cli.engine.optim import check_optimizer
 from lora_cli.engine.selfcheck import check_same_logits
 from lora_cli.engine.train import Objective, Recorder, Stop, training

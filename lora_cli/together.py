@@ -159,11 +159,11 @@ class _Shared:
         from lora_cli.engine.mixed_step import num_learnt
         from lora_cli.unpadded import takes_labels
 
-        setting, model = self._logits_chunk, self.bank.model
+        setting, model = self._logits_chunk, self.ground.base.model
         if setting == "off" or not takes_labels(model):
             return True
         learnt = sum(num_learnt(each.wants.batch["labels"]) for each in running if each.wants is not None)
-        return learnt <= tokens_at_once(setting, self.ground.base.model.config.vocab_size)
+        return learnt <= tokens_at_once(setting, model.config.vocab_size)
 
     def rows(self, spec: TrainRun, screen: Screen) -> tuple[Mapping[str, Rows], Mapping[str, Encoded]]:
         """The rows that a training reads, and as the model takes them: drawn by its own seed, if any are drawn."""

@@ -22,7 +22,7 @@ from torch import distributed as dist
 
 from lora_cli.errors import ConfigError, TrainingFailure
 
-__all__ = ["ALONE", "Share", "World", "join", "leave", "local", "move_whole"]
+__all__ = ["ALONE", "Share", "World", "join", "leave", "local"]
 
 T = TypeVar("T")
 
@@ -156,19 +156,6 @@ class World:
         for layer in _layers(model):
             fully_shard(layer, mesh=mesh, ignored_params=whole, offload_policy=where)
         fully_shard(model, mesh=mesh, ignored_params=whole, offload_policy=where)
-
-
-@torch.no_grad()
-def move_whole(model: torch.nn.Module, device: torch.device) -> None:
-    """Move what is not split over processes to `device`; what is waits where `World.share_out` has put it."""
-    from torch.distributed.tensor import DTensor
-
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and not isinstance(parameter, DTensor):
-                parameter.data = parameter.to(device)
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = buffer if buffer is None else buffer.to(device)
 
 
 def _layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_cli.checkpointing import checkpointed, without_cache
 
-__all__ = ["Streamed", "saved_on_host"]
+__all__ = ["Streamed", "move_whole", "saved_on_host"]
 
 _SMALL = 1 << 16
 """Bytes up to which a tensor is not worth its way."""
@@ -57,11 +57,7 @@ class Streamed:
         inside = {id(tensor) for layer in self._layers for _, _, tensor in _places(layer)}
         for table, name, tensor in _places(self._model):
             stays = id(tensor) in inside and not _trains(tensor)
-            moved = tensor.to(torch.device("cpu") if stays else self._device)
-            if isinstance(tensor, nn.Parameter):
-                tensor.data = moved
-            else:
-                table[name] = moved
+            _move(table, name, torch.device("cpu") if stays else self._device)
 
     def _computed(self, layer: nn.Module, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def with_weights(*inputs: Any) -> Any:
@@ -83,6 +79,25 @@ class Streamed:
         finally:
             for table, name, tensor in own:
                 table[name] = tensor
+
+
+@torch.no_grad()
+def move_whole(model: nn.Module, device: torch.device) -> None:
+    """Move what is not split over processes to `device`; what is waits where `World.share_out` has put it."""
+    from torch.distributed.tensor import DTensor
+
+    for table, name, tensor in _places(model):
+        if not isinstance(tensor, DTensor):
+            _move(table, name, device)
+
+
+def _move(table: dict[str, Any], name: str, device: torch.device) -> None:
+    """Have the tensor of this name on `device`; a parameter stays the object that it is."""
+    moved = table[name].to(device)
+    if isinstance(table[name], nn.Parameter):
+        table[name].data = moved
+    else:
+        table[name] = moved
 
 
 def _places(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:

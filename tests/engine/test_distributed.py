@@ -69,7 +69,8 @@ def test_one_process_has_nobody_to_ask() -> None:
 _SHARDED = """
 import torch
 from torch.distributed.tensor import DTensor
-from lora_cli.engine.distributed import join, leave, move_whole
+from lora_cli.engine.distributed import join, leave
+from lora_cli.engine.offload import move_whole
 from lora_cli.nn import inject
 from lora_cli.spec import LoraSpec
 from nn.models import tiny_lm, trained
