@@ -13,11 +13,12 @@ from lora_cli.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["checkpoint_layers", "checkpointed", "layers_of", "without_cache"]
+__all__ = ["checkpoint_layers", "checkpointed", "forgo_cache", "layers_of"]
 
 
 def checkpoint_layers(model: nn.Module, family: str) -> None:
-    """Compute each layer of `model` once more in the backward pass, instead of keeping what is inside it.
+    """Compute each layer of `model`, which keeps no cache (`forgo_cache`), once more in the backward pass, instead of
+    keeping what is inside it.
 
     It draws the dropout that it drew, so losses and gradients are the same to the last bit; an encoder-decoder's
     gradients up to rounding, as what its decoder's layers ask of the encoder is summed layer by layer.
@@ -28,7 +29,6 @@ def checkpoint_layers(model: nn.Module, family: str) -> None:
     for layer in layers_of(model, family, key="train.checkpointing"):
         # What transformers calls where a layer is to be computed again.
         layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, checkpointed  # type: ignore[assignment]
-        layer.register_forward_pre_hook(without_cache, with_kwargs=True)
 
 
 def layers_of(model: nn.Module, family: str, *, key: str) -> list[nn.Module]:
@@ -45,9 +45,15 @@ def layers_of(model: nn.Module, family: str, *, key: str) -> list[nn.Module]:
     return layers
 
 
-def without_cache(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    """T5 makes a cache wherever it decodes; computed again, a layer would find in it what it put there."""
-    return (args, {**kwargs, "past_key_values": None}) if layer.training and "past_key_values" in kwargs else None
+def forgo_cache(model: nn.Module) -> None:
+    """Let `model` keep no keys and values unless it is asked to: nothing is generated in training, where they would
+    be copied for nothing, and a layer that is computed again would find in a cache what it put there.
+    """
+    # An encoder-decoder's two stacks each have a config of their own.
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "use_cache"):
+            config.use_cache = False
 
 
 def checkpointed(compute: Callable[..., Any], *args: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_cli.checkpointing import layers_of
+from lora_cli.checkpointing import forgo_cache, layers_of
 from lora_cli.engine.batches import BatchPlan
 from lora_cli.engine.evaluate import Example
 from lora_cli.engine.memory import FP32, footprint
@@ -197,7 +197,7 @@ def lay_out(reader: ModelReader, head: Mapping[str, Any]) -> Any:
         model = auto_class.from_config(
             config, dtype=torch.float32, trust_remote_code=False, attn_implementation="eager"
         )
-    model.config.use_cache = False
+    forgo_cache(model)
     model.config.pad_token_id = None
     return model
 

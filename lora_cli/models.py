@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_cli.checkpointing import forgo_cache
 from lora_cli.dropout import quicken
 from lora_cli.errors import ConfigError, ModelError, printable
 from lora_cli.families import HEAD_DROPOUT, layer_groups
@@ -118,8 +119,7 @@ def load_base(
         _quantize(model, spec.quantization, [*fresh_modules, *skip], where, keep_original=keep_original)
     # Decoders find the last token of a text, which their head reads, by what the config calls padding.
     model.config.pad_token_id = tokenizer.pad_token_id
-    # Nothing is generated in training, and a cache would hold every layer's keys and values.
-    model.config.use_cache = False
+    forgo_cache(model)
     quicken(model)
     max_length = _num_positions(model, tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)

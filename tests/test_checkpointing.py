@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_cli.checkpointing import checkpoint_layers
+from lora_cli.checkpointing import checkpoint_layers, forgo_cache
 from lora_cli.dropout import quicken
 from lora_cli.errors import ConfigError
 from lora_cli.nn import inject
@@ -36,7 +36,7 @@ def learnt(model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, l
 
 
 def check_same(model: torch.nn.Module, inputs: dict[str, Tensor]) -> None:
-    model.config.use_cache = False
+    forgo_cache(model)
     quicken(model.train())
     loss, gradients, kept = learnt(model, inputs)
     checkpoint_layers(model, "")
@@ -82,3 +82,11 @@ def test_an_adapter_of_one_rank_drawn_for_all_layers_draws_it_once() -> None:
 def test_one_layer_that_runs_many_times_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"train.checkpointing.*albert"):
         checkpoint_layers(build("tiny-albert"), "albert")
+
+
+def test_a_model_that_forgoes_its_cache_makes_none_unless_asked() -> None:
+    model = tiny_lm("t5", vocab_size=100)
+    forgo_cache(model)
+    inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long), "decoder_input_ids": torch.ones(1, 2, dtype=torch.long)}
+    assert model(**inputs).past_key_values is None
+    assert model(**inputs, use_cache=True).past_key_values.get_seq_length() == 2

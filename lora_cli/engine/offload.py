@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_cli.checkpointing import checkpointed, without_cache
+from lora_cli.checkpointing import checkpointed
 
 __all__ = ["Streamed", "move_whole", "saved_on_host"]
 
@@ -48,7 +48,6 @@ class Streamed:
         self._model, self._layers, self._device = model, layers, device
         for layer in layers:
             layer.forward = partial(self._computed, layer, layer.forward)
-            layer.register_forward_pre_hook(without_cache, with_kwargs=True)
         self.place()
 
     @torch.no_grad()

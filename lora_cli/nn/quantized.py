@@ -71,7 +71,8 @@ class _NF4:
         )
         state = library.QuantState(
             absmax=kept["absmax"],
-            shape=shape,
+            # On processors with AVX-512 it takes rows of 16 n numbers for whole blocks, whether or not they are.
+            shape=shape if shape[-1] % self.block == 0 else (shape.numel(),),
             code=kept["code"],
             blocksize=self.block,
             quant_type="nf4",
@@ -80,7 +81,7 @@ class _NF4:
             state2=sizes,
         )
         weight: Tensor = library.dequantize_4bit(kept["packed"], state)
-        return weight
+        return weight.view(shape)
 
 
 class _Int8:

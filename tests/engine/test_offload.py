@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_cli.checkpointing import layers_of
+from lora_cli.checkpointing import forgo_cache, layers_of
 from lora_cli.engine.device import open_device
 from lora_cli.engine.offload import Streamed, saved_on_host
 from lora_cli.errors import ConfigError
@@ -23,6 +23,7 @@ IDS = torch.arange(5, 65).view(4, 15)
 
 def adapted(family: str = "llama") -> nn.Module:
     model = tiny_lm(family, vocab_size=100)
+    forgo_cache(model)
     inject(model, LoraSpec(r=2, dropout=0.1, targets=["all-linear"]), groups={}, skip=("lm_head",), seed=0)
     return trained(model).train()
 
