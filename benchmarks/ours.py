@@ -19,7 +19,7 @@ Notes = dict[str, Any]
 
 
 def watch_training(notes: Notes, *, profile: bool) -> None:
-    """Note the first step, and `eval_s`: how long the last scoring took, without the import of the metrics."""
+    """Note the first step, and `eval_s`: how long the last scoring took."""
     build = training.build_task
 
     def watched(*args: Any) -> Any:
@@ -33,8 +33,6 @@ def watch_training(notes: Notes, *, profile: bool) -> None:
 
                 watch_steps(notes, profile=profile)
                 watches = True
-            else:
-                import sklearn.metrics  # noqa: F401
             return _timed(scorer(), notes)
 
         task.scorer = opened

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from lora_cli.lean_imports import complete
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -89,6 +91,7 @@ def compile_forward(model: PreTrainedModel, *, pad: int, longest: int, is_alone:
     `model` itself stays as it is, in its modules, their names and its other uses: what writes text grows by a token at
     a time, a shape each.
     """
+    complete()
     if not is_alone:
         import torch._inductor.config
 

@@ -9,6 +9,7 @@ import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from lora_cli.checkpointing import forgo_cache
 from lora_cli.dropout import quicken
 from lora_cli.errors import ConfigError, ModelError, printable
 from lora_cli.families import HEAD_DROPOUT, layer_groups
+from lora_cli.lean_imports import lean, valueless_on_meta
 from lora_cli.reader import class_for, decoder_start, load_config, random_config, task_type
 from lora_cli.sources import check_checkpoint, find_source
 from lora_cli.spec import ModelSpec
@@ -182,18 +184,21 @@ def _load_checkpoint(
     config = load_config(folder, spec)
     auto_class = class_for(config, problem, folder)
     _configure(config, head, spec)
-    with explained(folder, "weights"):
-        model, info = auto_class.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            # Other shapes are refused below, where they can be named; transformers only logs them.
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=spec.trust_remote_code,
-        )
+    load = partial(
+        auto_class.from_pretrained,
+        str(folder),
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        # Other shapes are refused below, where they can be named; transformers only logs them.
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=spec.trust_remote_code,
+    )
+    with explained(folder, "weights"), valueless_on_meta():
+        # Code of the checkpoint's own may do anything while it is imported.
+        model, info = load() if spec.trust_remote_code else lean(load)
     _check_loaded(folder, model, info, problem)
     # Loaded tensors lie in the mapped file: at odd addresses, where other kernels round differently, and
     # at the mercy of whoever writes to that file.
@@ -210,7 +215,7 @@ def _build_random(
     with explained(Path("model.random"), "model"):
         _configure(config, head, spec)
         auto_class = class_for(config, problem, f"model.random of {spec.name}")
-        model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = lean(partial(auto_class.from_config, config, dtype=dtype, trust_remote_code=False))
     inside = f"{model.base_model_prefix}."
     return model, tokenizer, [name for name, _ in model.named_parameters() if not name.startswith(inside)]
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_cli.errors import ConfigError, ModelError
+from lora_cli.lean_imports import complete
 from lora_cli.tokenizer import quiet
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def save_onnx(model: PreTrainedModel, file: Path, *, inputs: Sequence[str]) -> N
     Raises:
         ModelError: torch's exporter cannot follow this model.
     """
+    complete()
     # A tensor each: one that stands for two inputs makes one input of them.
     example = tuple(torch.ones(_EXAMPLE, dtype=torch.int64) for _ in inputs)
     with _silence():

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import ModelError, UnknownName, printable
 from lora_cli.families import FAMILIES
+from lora_cli.lean_imports import lean
 from lora_cli.sources import check_checkpoint, find_source, read_json
 from lora_cli.spec import ModelSpec
 from lora_cli.tokenizer import add_tokens, build_tiny_tokenizer, explained, load_tokenizer, quiet
@@ -83,8 +85,9 @@ def load_config(folder: Path, spec: ModelSpec) -> PretrainedConfig:
     """The config in a checkpoint's folder."""
     from transformers import AutoConfig
 
+    load = partial(AutoConfig.from_pretrained, local_files_only=True, trust_remote_code=spec.trust_remote_code)
     with explained(folder, "config"):
-        return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=spec.trust_remote_code)
+        return lean(lambda: load(str(folder)))
 
 
 def random_config(spec: ModelSpec) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
@@ -99,7 +102,7 @@ def random_config(spec: ModelSpec) -> tuple[PretrainedConfig, PreTrainedTokenize
     if spec.family not in FAMILIES:
         raise UnknownName("model.family", spec.family, FAMILIES, "family with random weights")
     settings = dict(spec.random or {})
-    known = AutoConfig.for_model(spec.family).to_dict()
+    known = lean(lambda: AutoConfig.for_model(spec.family)).to_dict()
     allowed = [*known, *FAMILIES[spec.family].undeclared]
     for key in settings:
         if key not in allowed:

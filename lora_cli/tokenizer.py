@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_cli.errors import ConfigError, LoraError, ModelError, printable
+from lora_cli.lean_imports import lean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,10 +39,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     # Without this, transformers builds a tokenizer of five special tokens from a config alone.
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise ModelError(f"{printable(folder)}: no tokenizer there (tokenizer.json, vocab.txt or a .model file)")
+    load = partial(AutoTokenizer.from_pretrained, local_files_only=True, trust_remote_code=trust_remote_code)
     with quiet(), explained(folder, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        tokenizer = lean(lambda: load(str(folder)))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"{printable(folder)}: the tokenizer has neither a pad token nor an end mark to pad with")

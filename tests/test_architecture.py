@@ -18,7 +18,8 @@ LAYERS = (
     ("errors", "__init__"),
     ("spec",),
     (
-        *("chart", "disk", "dot_plot", "dropout", "families", "gpus", "hub", "machine", "page", "process"),
+        *("chart", "disk", "dot_plot", "dropout", "families", "gpus", "hub", "lean_imports"),
+        *("machine", "page", "process"),
         *("traced", "xy_plot"),
     ),
     (

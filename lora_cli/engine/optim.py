@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -14,6 +15,16 @@ from lora_cli.errors import ConfigError
 from lora_cli.spec import TrainSpec
 
 __all__ = ["build_optimizer", "check_optimizer", "rate", "set_rate", "warmup_steps"]
+
+
+class _AdamW(torch.optim.AdamW):
+    """torch's. There each of these is wrapped in what keeps a compiler out, and imports all of it at the first call."""
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
 
 
 def build_optimizer(groups: Iterable[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimizer:
@@ -28,7 +39,7 @@ def build_optimizer(groups: Iterable[dict[str, Any]], spec: TrainSpec) -> torch.
     prepared = [{**group, "peak_lr": group["lr"]} for group in groups]
     settings: dict[str, Any] = {"lr": spec.lr, "betas": (spec.betas[0], spec.betas[1]), "eps": spec.eps}
     if spec.optimizer == "adamw":
-        return torch.optim.AdamW(prepared, **settings)
+        return _AdamW(prepared, **settings)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("train.optimizer", spec.optimizer, "needs a package: pip install 'lora-cli[quant]'")
     from bitsandbytes.optim import PagedAdamW32bit

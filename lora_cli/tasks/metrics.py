@@ -1,7 +1,8 @@
-"""The metrics: numbers from predictions and references. Knows scikit-learn, scipy and evaluate; nothing of tasks.
+"""The metrics: numbers from predictions and references. Knows scipy and evaluate; nothing of tasks.
 
-Nothing is downloaded: evaluate's own metrics are scripts on the hub, so ours are written here, once, over
-scikit-learn and scipy, and can be had with evaluate's interface.
+Nothing is downloaded: evaluate's own metrics are scripts on the hub, so ours are written here, once, and can be had
+with evaluate's interface. Those of classes need numpy alone: scikit-learn, whose numbers they are to the last digit,
+takes longer to import than a small split to score.
 """
 
 from __future__ import annotations
@@ -23,36 +24,45 @@ class Undefined(ValueError):  # noqa: N818 - a state of the data, not a fault
 
 
 def _accuracy(references: Array, predictions: Array) -> float:
-    from sklearn.metrics import accuracy_score
-
-    return float(accuracy_score(references, predictions))
+    return float(np.mean(references == predictions))
 
 
 def _f1(references: Array, predictions: Array) -> float:
     """Of the label with id 1."""
-    from sklearn.metrics import f1_score
-
     if max(references.max(), predictions.max()) > 1:
         raise ValueError("f1 is for two labels, ids 0 and 1")
     if not (references.any() or predictions.any()):
         raise Undefined("no row is positive, nor predicted to be")
-    return float(f1_score(references, predictions, zero_division=0.0))
+    # Label 1 occurs, so it is the last one.
+    return float(_f1_by_label(references, predictions)[-1])
 
 
 def _macro_f1(references: Array, predictions: Array) -> float:
     """Mean F1 of the labels that occur, as a reference or as a prediction."""
-    from sklearn.metrics import f1_score
+    return float(np.mean(_f1_by_label(references, predictions)))
 
-    return float(f1_score(references, predictions, average="macro", zero_division=0.0))
+
+def _f1_by_label(references: Array, predictions: Array) -> Array:
+    counts = _counts(references, predictions)
+    found: Array = 2 * counts.diagonal() / (counts.sum(axis=0) + counts.sum(axis=1))
+    return found
 
 
 def _matthews(references: Array, predictions: Array) -> float:
-    """0 when all predictions are the same, as GLUE has it."""
-    from sklearn.metrics import matthews_corrcoef
-
+    """For any number of labels (Gorodkin 2004). 0 when all predictions are the same, as GLUE has it."""
     if (references == references[0]).all():
         raise Undefined("all rows have the same label")
-    return float(matthews_corrcoef(references, predictions))
+    counts = _counts(references, predictions)
+    labelled, predicted, total = counts.sum(axis=1), counts.sum(axis=0), counts.sum()
+    spread = (total**2 - predicted @ predicted) * (total**2 - labelled @ labelled)
+    return float((counts.trace() * total - labelled @ predicted) / np.sqrt(spread)) if spread else 0.0
+
+
+def _counts(references: Array, predictions: Array) -> Array:
+    """How often a label (row) was predicted to be one (column), of the labels that occur."""
+    names, ids = np.unique(np.concatenate([references, predictions]), return_inverse=True)
+    counts = confusion_matrix(ids[: len(references)], ids[len(references) :], len(names))
+    return np.asarray(counts, dtype=np.float64)
 
 
 def _pearson(references: Array, predictions: Array) -> float:
@@ -109,7 +119,9 @@ def load_metric(name: str) -> Any:
     return _metric_class()(config_name=name, keep_in_memory=True)
 
 
-def confusion_matrix(references: Sequence[int], predictions: Sequence[int], num_labels: int) -> list[list[int]]:
+def confusion_matrix(
+    references: Sequence[int] | Array, predictions: Sequence[int] | Array, num_labels: int
+) -> list[list[int]]:
     """Counts by label (row) and prediction (column)."""
     counts = np.zeros((num_labels, num_labels), dtype=int)
     np.add.at(counts, (np.asarray(references), np.asarray(predictions)), 1)

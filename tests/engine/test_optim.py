@@ -78,3 +78,18 @@ def test_there_is_nothing_to_page_without_a_gpu() -> None:
     check_optimizer("adamw", cpu)
     with pytest.raises(ConfigError, match=r"train\.optimizer=paged_adamw: needs an NVIDIA GPU"):
         check_optimizer("paged_adamw", cpu)
+
+
+def test_a_step_is_torchs_to_the_last_bit() -> None:
+    settings = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-7, "weight_decay": 0.1}
+    spec = TrainSpec(betas=[0.9, 0.98], eps=1e-7)
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 12)) for _ in range(2))
+    optimizer = build_optimizer([{"params": [ours], "lr": 1e-2, "weight_decay": 0.1}], spec)
+    peer = torch.optim.AdamW([theirs], **settings)
+    for _ in range(3):
+        for parameter, each in ((ours, optimizer), (theirs, peer)):
+            (parameter**3).sum().backward()
+            each.step()
+            each.zero_grad()
+    assert torch.equal(ours, theirs)
+    assert str(optimizer.state_dict()["state"]) == str(peer.state_dict()["state"])

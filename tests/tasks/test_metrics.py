@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from lora_cli.spec import METRICS as NAMES
 from lora_cli.tasks.metrics import METRICS, confusion_matrix, load_metric, score
@@ -81,6 +82,23 @@ def test_matthews_is_the_correlation_of_two_classes(pairs) -> None:
         assert value == pytest.approx(expected or 0.0, abs=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:A single label was found")
+@settings(max_examples=100, deadline=None)
+@given(CLASSES)
+def test_metrics_of_classes_are_those_of_scikit_learn_to_the_last_bit(pairs) -> None:
+    references, predictions = zip(*pairs, strict=True)
+    assert scored("accuracy", pairs)[0] == accuracy_score(references, predictions)
+    expected = f1_score(references, predictions, average="macro", zero_division=0.0)
+    assert scored("macro_f1", pairs)[0] == expected
+    assert scored("matthews", pairs)[0] in (None, matthews_corrcoef(references, predictions))
+
+
+@settings(max_examples=100, deadline=None)
+@given(BINARY)
+def test_f1_is_that_of_scikit_learn_to_the_last_bit(pairs) -> None:
+    assert scored("f1", pairs)[0] in (None, f1_score(*zip(*pairs, strict=True), zero_division=0.0))
+
+
 @settings(max_examples=30, deadline=None)
 @given(NUMBERS)
 def test_pearson_and_spearman_follow_their_formulas(pairs) -> None:
@@ -118,12 +136,12 @@ def test_a_metric_of_classes_refuses_what_is_no_id(predictions) -> None:
         load_metric("accuracy").add(prediction=predictions[0], reference=0)
 
 
-def test_scoring_does_not_wait_for_evaluate() -> None:
+def test_scoring_classes_does_not_wait_for_large_packages() -> None:
     program = """if True:
         import sys
         from lora_cli.tasks.metrics import score
         assert score("accuracy", predictions=[1], references=[1]) == (1.0, None)
-        assert not {"evaluate", "datasets", "torch"} & set(sys.modules)
+        assert not {"evaluate", "datasets", "torch", "sklearn", "scipy"} & set(sys.modules)
     """
     subprocess.run([sys.executable, "-c", program], check=True)
 
