@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lora_cli.engine.device import open_device
+from lora_cli.process import hurry, settle_down
 from lora_cli.serving.adapters import Shelf
 from lora_cli.serving.api import build_app
 from lora_cli.serving.pool import Labelled, Pool, Ready
@@ -67,6 +68,8 @@ def pool_of(kind: str, run: Path, runs: Path, device: Any) -> Pool:
 def main() -> None:
     """Serve until the process is ended."""
     kind, run, runs, batch_tokens, threads = sys.argv[1:]
+    # As `lora serve`: what is there before the first request is not looked through for garbage again and again.
+    hurry()
     spec = ServeSpec(port=0, batch_tokens=int(batch_tokens), max_queue=10_000, max_connections=1000, timeout_s=600.0)
     with open_socket(spec, None) as listener:
         pool = pool_of(kind, Path(run), Path(runs), open_device(DeviceSpec(name="cpu", threads=int(threads))))
@@ -79,6 +82,7 @@ def main() -> None:
         app = build_app(
             scheduler, spec, token=None, hosts=hosts, warn=lambda text: print(text, file=sys.stderr), started=started
         )
+        settle_down()
         listen(app, listener, spec)
 
 

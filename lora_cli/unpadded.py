@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.row_attention import Rows, attend, lay, means
+from lora_cli.row_attention import DECODING, ENCODING, Rows, attend, lay, means
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 __all__ = ["can_remove_padding", "first_position", "remove_padding", "removes_padding", "takes_labels"]
-
-_ENCODING, _DECODING = "lora_unpadded", "lora_unpadded_causal"
-"""Names of the attention functions in transformers' registry."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,8 @@ def remove_padding(model: PreTrainedModel) -> bool:
     A batch that is padded on the right, with `input_ids` and `attention_mask` by name, then takes the time of its real
     tokens. A decoder does so where it is given `labels` as well, and returns the logits that predict those (targets,
     vocabulary), row by row; see `takes_labels`. Of `blocks`, numbers of neighbouring rows, each is laid out as it would
-    be alone. Any other call is computed as before. Logits agree with those of
-    the padded batch up to rounding; with dropout other elements are dropped.
+    be alone; rows of one of the `owners`, of which (N,) names each row's, are neighbours. Any other call is computed as
+    before. Logits agree with those of the padded batch up to rounding; with dropout other elements are dropped.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -69,7 +66,7 @@ def remove_padding(model: PreTrainedModel) -> bool:
     family, decodes = model.config.model_type, model.get_output_embeddings() is not None
     if model.config._attn_implementation != "sdpa" or not can_remove_padding(family, writes=decodes):
         return False
-    name = _DECODING if decodes else _ENCODING
+    name = DECODING if decodes else ENCODING
     AttentionInterface.register(name, partial(attend, causal=decodes))
     AttentionMaskInterface.register(name, sdpa_mask)
     model.config._attn_implementation = name
@@ -95,12 +92,12 @@ def can_remove_padding(family: str, *, writes: bool) -> bool:
 
 def takes_labels(model: torch.nn.Module) -> bool:
     """Whether `model` is a decoder without padding, which computes the logits of the labels that it is given."""
-    return _attention(model) == _DECODING
+    return _attention(model) == DECODING
 
 
 def removes_padding(model: torch.nn.Module) -> bool:
     """Whether `model` is one that `remove_padding` has changed."""
-    return _attention(model) in (_ENCODING, _DECODING)
+    return _attention(model) in (ENCODING, DECODING)
 
 
 def _attention(model: torch.nn.Module) -> str | None:
@@ -154,6 +151,7 @@ class _Decoder:
 
         self._rows, labels = None, kwargs.pop("labels", None)
         laid = _laid_end_to_end(kwargs, 0) if labels is not None and not args else None
+        kwargs.pop("owners", None)
         if laid is None:
             return args, kwargs
         self._rows = laid["rows"]
@@ -173,7 +171,7 @@ def _laid_end_to_end(kwargs: dict[str, Any], offset: int) -> dict[str, Any] | No
     """The arguments of a model for padded rows → those for one row, positions counted from `offset`; None: they are not
     padded on the right.
     """
-    mask, blocks = kwargs.get("attention_mask"), kwargs.pop("blocks", None)
+    mask, blocks, owners = kwargs.get("attention_mask"), kwargs.pop("blocks", None), kwargs.pop("owners", None)
     if mask is None or mask.ndim != 2 or kwargs.get("input_ids") is None:
         return None
     # All of it is decided on the CPU, so that a GPU is waited for once.
@@ -181,7 +179,7 @@ def _laid_end_to_end(kwargs: dict[str, Any], offset: int) -> dict[str, Any] | No
     if not _is_padded_right(mask):
         return None
     device = kwargs["input_ids"].device
-    rows, order = lay(mask.sum(1), device, blocks)
+    rows, order = lay(mask.sum(1), device, blocks, owners)
     chosen = mask[order]
     positions = (chosen.cumsum(1) - 1 + offset)[chosen]
     flat: dict[str, Any] = {

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from lora_cli.reader import random_config
+from lora_cli.row_attention import lay
 from lora_cli.spec import ModelSpec
 from lora_cli.tasks.sequences import IGNORED, learnt
 from lora_cli.unpadded import remove_padding, takes_labels
@@ -56,6 +57,10 @@ def check_equal(model: torch.nn.Module, inputs: dict[str, Tensor]) -> None:
     assert remove_padding(model)
     after, same_gradients = logits_and_gradients(model, inputs)
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+    owners = torch.arange(len(inputs["input_ids"])) % 3
+    with torch.no_grad():
+        for arguments in (inputs, {**inputs, "owners": owners}):
+            torch.testing.assert_close(model(**arguments).logits, before, rtol=1e-5, atol=1e-6)
     for found, wanted in zip(same_gradients, gradients, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * max(1.0, float(wanted.abs().max())))
 
@@ -80,7 +85,31 @@ def test_any_lengths_in_any_order(lengths: list[int]) -> None:
     padded, unpadded = build("tiny-bert"), build("tiny-bert")
     assert remove_padding(unpadded)
     inputs = batch(lengths, 0)
-    torch.testing.assert_close(unpadded(**inputs).logits, padded(**inputs).logits, rtol=1e-5, atol=1e-6)
+    wanted = padded(**inputs).logits
+    torch.testing.assert_close(unpadded(**inputs).logits, wanted, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(unpadded(**inputs).logits, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_of_infinities_stays_alone() -> None:
+    model = build("tiny-bert")
+    assert remove_padding(model)
+    inputs = batch(LENGTHS, 0)
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        inputs["input_ids"][1:2, :3] = 95
+        model.get_input_embeddings().weight[95] = torch.inf
+        found = model(**inputs).logits
+    assert found[1].isnan().all()
+    others = torch.arange(len(LENGTHS)) != 1
+    torch.testing.assert_close(found[others], wanted[others])
+
+
+def test_rows_of_one_owner_lie_beside_each_other() -> None:
+    lengths, owners = torch.tensor([5, 2, 9, 2, 4]), torch.tensor([1, 0, 1, 0, 2])
+    rows, order = lay(lengths, lengths.device, owners=owners)
+    assert order.tolist() == [1, 3, 0, 2, 4]
+    assert rows.starts.tolist() == [4, 0, 9, 2, 18]
 
 
 def test_only_real_tokens_are_computed_and_past_the_last_attention_only_the_first_ones() -> None:
@@ -167,6 +196,11 @@ def test_a_decoder_gives_the_logits_of_its_labels(family: str, config: dict[str,
     found, labels = learnt(model(**inputs).logits, inputs)
     assert len(found) == len(labels) == sum(SENTENCES) - 2 * len(SENTENCES)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=5e-6)
+    with torch.no_grad():
+        for arguments in (inputs, {**inputs, "owners": torch.tensor([1, 0, 1, 0])}):
+            # In the order of the labels in any case.
+            alone, _ = learnt(model(**arguments).logits, inputs)
+            torch.testing.assert_close(alone, wanted, rtol=1e-5, atol=5e-6)
     (same,) = torch.autograd.grad(found.square().sum(), model.get_input_embeddings().weight)
     torch.testing.assert_close(same, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
 

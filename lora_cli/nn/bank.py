@@ -151,6 +151,7 @@ class Bank:
                 handle.remove()
 
     def _hooks(self, used: tuple[str, ...], seating: Seating) -> Iterator[Any]:
+        yield self.model.register_forward_pre_hook(seating.gather, with_kwargs=True, prepend=True)
         yield self.model.register_forward_pre_hook(seating.watch, with_kwargs=True)
         for name, slot in self._slots(used).items():
             slot.start(seating, is_training=self.model.training)

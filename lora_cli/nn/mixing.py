@@ -140,11 +140,12 @@ class Slot:
         """The same where rows stand, without a copy of them: as many products as there are changes of adapter."""
         x, output = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1])
         tokens = len(x) // len(seats.owner)
-        for number, start, stop in seats.runs:
+        sizes = [(stop - start) * tokens for _, start, stop in seats.runs] if len(seats.runs) > 1 else [len(x)]
+        parts = zip(seats.runs, torch.split(x, sizes), torch.split(output, sizes), strict=True)
+        for (number, _, _), own, update in parts:
             if number in self._pairs:
-                A, B = (factor.to(x.dtype) for factor in self._pairs[number])
-                here = slice(None) if seats.places[number] is None else slice(start * tokens, stop * tokens)
-                output[here].addmm_(x[here] @ A.T, B.T)
+                A, B = self._pairs[number]
+                update.addmm_(own @ A.to(x.dtype).T, B.to(x.dtype).T)
 
     def _refresh(self) -> None:
         """Have A and s B of each layer, as they are now."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_cli.errors import AdapterError
+from lora_cli.row_attention import DECODING, ENCODING
 
 __all__ = ["Seating", "Seats"]
 
@@ -91,6 +92,16 @@ class Seating:
         self._is_laid = False
         self._found: dict[tuple[int, int], Seats] = {}
         self._expect({len(numbers): self._numbers_N}, is_laid=False)
+
+    def gather(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A model that lays rows end to end is told to have those of one adapter beside each other: to be its first
+        pre-hook. Not with gradients, for which rows are better sorted by length."""
+        is_laid = getattr(getattr(module, "config", None), "_attn_implementation", None) in (ENCODING, DECODING)
+        if is_laid and not args and "blocks" not in kwargs and not (module.training or torch.is_grad_enabled()):
+            mask = kwargs.get("attention_mask")
+            if mask is not None and len(mask) == len(self._numbers_N):
+                return args, {**kwargs, "owners": self._numbers_N}
+        return None
 
     def watch(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pass of the model begins: to be its last pre-hook, so that it sees rows that were laid end to end.

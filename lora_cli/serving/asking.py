@@ -27,12 +27,14 @@ class Asking:
     """
 
     def __init__(self, scheduler: Scheduler, request: Request, timeout_s: float) -> None:
-        self._scheduler, self._request = scheduler, request
-        self._deadline = time.monotonic() + timeout_s
+        self._scheduler, self._deadline = scheduler, time.monotonic() + timeout_s
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         self._jobs: list[Job] = []
-        self._gone: asyncio.Task[None] | None = asyncio.create_task(_gone(request))
+        self._gone: asyncio.Task[None] | None = asyncio.create_task(self._watch(request))
+        # The thread keeps the deadline too; but it may be in the middle of a long step.
+        late = Late("no answer in time")
+        self._timer = self._loop.call_later(timeout_s + 1, self._events.put_nowait, (0, late))
 
     def submit(self, make: Callable[..., Job]) -> None:
         """Let the job wait that `make(tell=, deadline=)` makes; its number is how many there were before.
@@ -56,21 +58,9 @@ class Asking:
 
     async def next(self) -> tuple[int, Any]:
         """(number of a job, what it tells)."""
-        taken = asyncio.ensure_future(self._events.get())
-        waited: set[asyncio.Future[Any]] = {taken}
-        if self._gone is not None:
-            waited.add(self._gone)
-        # The thread keeps the deadline too; but it may be in the middle of a long step.
-        remaining = max(0.0, self._deadline - time.monotonic()) + 1
-        try:
-            await asyncio.wait(waited, timeout=remaining, return_when=asyncio.FIRST_COMPLETED)
-            if not taken.done():
-                left = self._gone is not None and self._gone.done()
-                raise Refusal(400, "the client left") if left else refusal_of(Late("no answer in time"))
-        finally:
-            if not taken.done():
-                taken.cancel()
-        number, event = taken.result()
+        number, event = await self._events.get()
+        if isinstance(event, Refusal):
+            raise event
         if isinstance(event, Exception):
             raise refusal_of(event) from event
         return number, event
@@ -84,8 +74,14 @@ class Asking:
     def close(self) -> None:
         """Nobody waits any more."""
         self.stream()
+        self._timer.cancel()
         for job in self._jobs:
             job.is_cancelled = True
+
+    async def _watch(self, request: Request) -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self._events.put_nowait((0, Refusal(400, "the client left")))
 
 
 def refusal_of(error: Exception) -> Refusal | Exception:
@@ -104,8 +100,3 @@ def refusal_of(error: Exception) -> Refusal | Exception:
 def no_such_adapter() -> Refusal:
     """The client's own words are not repeated: they may be anything."""
     return Refusal(404, "no such adapter; GET /v1/models lists them", code="model_not_found", param="model")
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
 import stat
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ __all__ = ["address_of", "allowed_hosts", "is_loopback", "listen", "open_socket"
 _VARIABLE = "LORA_SERVE_TOKEN"
 _MAX_TOKEN = 4096
 _BACKLOG = 512
+_TURN_S = 1e-4
+"""Seconds after which a thread that runs Python lets another one. Python's own are 5 ms, which the thread that computes
+would wait for at every operation as long as requests are read."""
 
 
 def open_socket(spec: ServeSpec, token: str | None) -> socket.socket:
@@ -99,7 +104,18 @@ def listen(app: Callable[..., Any], listener: socket.socket, spec: ServeSpec) ->
         proxy_headers=False,
         timeout_graceful_shutdown=max(1, round(spec.grace_s)),
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    with _short_turns():
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+@contextlib.contextmanager
+def _short_turns() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_TURN_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _checked(key: str, token: str, shown: object) -> str:

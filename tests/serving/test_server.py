@@ -1,0 +1,26 @@
+"""The server's own settings: what holds while it listens is as it was before when it has ended."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from lora_cli.serving.server import listen, open_socket
+from lora_cli.spec import ServeSpec
+
+
+def test_threads_take_short_turns_while_it_listens_and_usual_ones_afterwards() -> None:
+    turns = []
+
+    async def ends_at_once(scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
+        turns.append(sys.getswitchinterval())
+        await send({"type": "lifespan.startup.failed", "message": ""})
+
+    before, spec = sys.getswitchinterval(), ServeSpec(port=0)
+    with open_socket(spec, None) as listener, pytest.raises(SystemExit):
+        listen(ends_at_once, listener, spec)
+    assert turns == [pytest.approx(0.0001)]
+    assert sys.getswitchinterval() == before
