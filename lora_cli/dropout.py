@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Streams", "dropout", "of_block", "quicken", "replayed", "unseen"]
+__all__ = ["Streams", "dropout", "mask", "of_block", "quicken", "replayed", "unseen"]
 
 _LEVELS = 1 << 16
 
@@ -132,20 +132,37 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     return _drop(x, p) if _streams is None else _streams.drop(x, p)
 
 
+def mask(x: torch.Tensor, p: float) -> torch.Tensor | None:
+    """What `dropout` multiplies `x`, on a CPU, with: zeros and what the others are divided by; None: nothing is.
+
+    Where several trainings share a batch, only for rows of one of them: see `of_block`.
+    """
+    if _streams is not None and _streams.is_unseen:
+        return None
+    assert _streams is None or _streams.block is not None
+    return _mask(x, p)
+
+
 def _drop(x: torch.Tensor, p: float) -> torch.Tensor:
     import torch
 
     # A compiler has masks that cost little of its own.
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.dropout(x, p, train=True)
+    return x * _mask(x, p)
+
+
+def _mask(x: torch.Tensor, p: float) -> torch.Tensor:
+    import torch
+
     dropped = round(p * _LEVELS)
     if dropped == _LEVELS:
-        return x * 0
+        return torch.zeros_like(x)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
     kept = torch.empty(x.shape, dtype=x.dtype)
     # Into floats at once: through a tensor of bools it takes ten times as long.
     torch.ge(draws.view(torch.int16)[: x.numel()].view(x.shape), dropped - _LEVELS // 2, out=kept)
-    return x * kept.mul_(_LEVELS / (_LEVELS - dropped))
+    return kept.mul_(_LEVELS / (_LEVELS - dropped))
 
 
 def quicken(model: torch.nn.Module) -> None:

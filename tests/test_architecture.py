@@ -22,6 +22,7 @@ LAYERS = (
         *("machine", "page", "process"),
         *("traced", "xy_plot"),
     ),
+    ("plain_attention",),
     (
         *("checkpointing", "compiled", "isolation", "late_logits", "row_attention", "screen"),
         *("terminal", "tokenizer", "trackers", "words"),
@@ -57,6 +58,7 @@ TORCH_AT_IMPORT = (
         "measured",
         "merged",
         "onnx_file",
+        "plain_attention",
         "recording",
         "saved",
         "serving",

@@ -97,8 +97,8 @@ def test_a_packed_step_is_the_padded_one() -> None:
 
 
 def test_a_model_that_sees_its_neighbours_when_packed_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_attention, "_GROUPS", 1)
-    monkeypatch.setattr(row_attention, "_visible", lambda group, window, **_: None)
+    monkeypatch.setattr(row_attention, "_PER_GROUP", {"cpu": 10**9})
+    monkeypatch.setattr(row_attention, "_blocked", lambda group, window, **_: None)
     with pytest.raises(TrainingFailure, match="laid end to end must give the logits of padded ones"):
         build("llama")
 
