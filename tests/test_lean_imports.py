@@ -57,8 +57,10 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def user(packages: Path) -> ModuleType:
+def user(packages: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A module that imports `seldom`, imported without it."""
+    # Other tests of the process may have left threads behind.
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
     found = lean(lambda: importlib.import_module("user"))
     assert "seldom" not in sys.modules
     return found

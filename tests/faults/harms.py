@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import resource
@@ -49,6 +50,8 @@ def fail_to_sync() -> None:
 
 def lose_rights() -> None:
     """Be an ordinary user, for whom a read-only folder is one."""
+    # Python itself may be where such a user may not look, and this much of it comes as late as it is used.
+    codecs.lookup("unicode_escape")
     if os.geteuid() == 0:
         os.setuid(65534)
 
