@@ -237,14 +237,24 @@ def lacks_compiler(name: str) -> str | None:
 def _precision(asked: str, name: str) -> tuple[str, str]:
     """(what is computed in on the device called `name`, why)."""
     has_bf16 = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked == "auto" and has_bf16:
+        return "bf16", "auto: the GPU has bf16"
     if asked == "auto":
-        return ("bf16", "auto: the GPU has bf16") if has_bf16 else ("fp32", f"auto: no fast bf16 on this {name}")
+        is_fast = name == "cpu" and _computes_in_bf16()
+        return "fp32", "auto: exact; bf16 is faster on this cpu" if is_fast else f"auto: no fast bf16 on this {name}"
     if asked in ("fp16", "tf32") and name != "cuda":
         raise ConfigError("device.precision", asked, f"not on {name}; bf16 or fp32")
     # Cards have had both since the same generation.
     if asked == "tf32" and not has_bf16:
         raise ConfigError("device.precision", "tf32", "not on this GPU, which is too old for it; fp32 or fp16")
-    return asked, "as asked"
+    is_slow = asked == "bf16" and name == "cpu" and not _computes_in_bf16()
+    return asked, "as asked, though slow on this cpu" if is_slow else "as asked"
+
+
+def _computes_in_bf16() -> bool:
+    """Whether the processor has instructions for products in bf16; False where torch does not tell."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def _threads() -> str:
