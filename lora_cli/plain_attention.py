@@ -64,6 +64,7 @@ class Layout:
         device: torch.device,
     ) -> None:
         self.groups, self.heads, self._shared = groups, heads, shared
+        self.width = max(group.width for group in groups)
         self.blocked = [None if each is None else each.to(device) for each in blocked]
         head = torch.arange(heads)[:, None]
         tokens = [group.tokens[:, None] for group in groups]

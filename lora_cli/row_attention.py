@@ -137,8 +137,7 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layout = rows.layout(query.shape[1], query.shape[1] // key.shape[1], sliding_window, causal=causal)
     q, k, v = (layout.lay(x.squeeze(0).transpose(0, 1)) for x in (query, key, value))
-    is_short = max(group.width for group in rows.groups) <= _SHORT
-    attended = attention if query.device.type == "cpu" and is_short else _fused_attention
+    attended = attention if query.device.type == "cpu" and layout.width <= _SHORT else _fused_attention
     return layout.back(attended(q, k, v, layout, scale, dropout))[None], None
 
 
