@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from lora_cli.unpadded import can_remove_padding
 
 if TYPE_CHECKING:
     from lora_cli.forecast import Forecast
-    from lora_cli.measured import Measured
+    from lora_cli.sampled_steps import Measured
 
 __all__ = ["run"]
 
@@ -85,7 +84,7 @@ def run(spec: PlanRun, *, directory: Path | None = None, overrides: Sequence[str
         UserError: something given does not fit, or no config of the model is at hand.
         TrainingFailure: the measured steps failed.
     """
-    started, screen = time.perf_counter(), Screen()
+    screen = Screen()
     if spec.plan.gpu is not None and spec.plan.gpu not in GPUS:
         raise UnknownName("plan.gpu", spec.plan.gpu, GPUS, "GPU in the table")
     task = build_task(spec.task)
@@ -98,14 +97,12 @@ def run(spec: PlanRun, *, directory: Path | None = None, overrides: Sequence[str
 
     layout = lay_out(reader, task.head)
     own = _forecast(spec, task, layout, data, on_gpu=on_gpu)
-    # A process of its own has done these imports before.
-    imports_s = time.perf_counter() - started
     measured = None
     if spec.plan.measure and not on_gpu:
         from lora_cli.measured import measure
 
         measured = measure(spec, seconds=spec.plan.seconds)
-    place = _place(spec, own, measured, imports_s)
+    place = _place(spec, own, measured)
     found, refused = [_row("as given", own, place, measured)], []
     if on_gpu:
         try:
@@ -138,7 +135,7 @@ def _forecast(spec: TrainRun, task: Task, layout: Any, data: Encoded, *, on_gpu:
     return forecast(spec, layout, load, half=half)
 
 
-def _place(spec: PlanRun, own: Forecast, measured: Measured | None, imports_s: float) -> _Place:
+def _place(spec: PlanRun, own: Forecast, measured: Measured | None) -> _Place:
     if spec.plan.gpu is not None:
         gpu = GPUS[spec.plan.gpu]
         seconds = 1 / (gpu.tera_flops * 1e12 * _BUSY)
@@ -154,7 +151,7 @@ def _place(spec: PlanRun, own: Forecast, measured: Measured | None, imports_s: f
         max(0, measured.resident - own.weights),
         by_batch / max(1, own.by_batch),
         measured.train_s / own.operations,
-        measured.wall_s - measured.train_s + imports_s,
+        measured.wall_s - measured.train_s,
     )
 
 
