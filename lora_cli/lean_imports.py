@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -147,7 +148,12 @@ class _StandIn(ModuleType):
 
 
 class _Finder(MetaPathFinder, Loader):
+    def __init__(self) -> None:
+        self.undo: Callable[[], object] = bool
+
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name == "transformers.models":
+            self.undo = _listed_once()
         if not any(name == package or name.startswith(f"{package}.") for package in _LATER):
             return None
         spec = PathFinder.find_spec(name, path, target)
@@ -173,11 +179,35 @@ def _stand_ins() -> Iterator[None]:
     finally:
         _is_open = False
         sys.meta_path.remove(finder)
+        finder.undo()
         for name in set(sys.modules) - before:
             if isinstance(sys.modules[name], _StandIn):
                 _remove(name)
             else:
                 _shortened.append(sys.modules[name])
+
+
+def _listed_once() -> Callable[[], object]:
+    """Let transformers not read its two thousand files again for the list of what is in transformers.models, which it
+    has made when it was imported; returns what undoes that.
+    """
+    package = sys.modules["transformers"]
+    tools: Any = import_module("transformers.utils.import_utils")
+    define, folder = tools.define_import_structure, Path(str(package.__file__)).parent / "models"
+
+    def defined(path: Any, prefix: str | None = None) -> Any:
+        if Path(path) != folder / "__init__.py" or prefix is not None:
+            return define(path, prefix)
+        # From its own cache.
+        known = define(folder, prefix="models").items()
+        inside = {
+            needs: {name.removeprefix("models."): what for name, what in names.items() if name.startswith("models.")}
+            for needs, names in known
+        }
+        return {needs: names for needs, names in inside.items() if names}
+
+    tools.define_import_structure = defined
+    return lambda: setattr(tools, "define_import_structure", define)
 
 
 def _remove(name: str) -> None:

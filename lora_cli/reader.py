@@ -83,11 +83,15 @@ def load_reader(spec: ModelSpec, *, problem: str) -> ModelReader:
 
 def load_config(folder: Path, spec: ModelSpec) -> PretrainedConfig:
     """The config in a checkpoint's folder."""
-    from transformers import AutoConfig
-
-    load = partial(AutoConfig.from_pretrained, local_files_only=True, trust_remote_code=spec.trust_remote_code)
+    load = partial(lean(_auto_config).from_pretrained, local_files_only=True, trust_remote_code=spec.trust_remote_code)
     with explained(folder, "config"):
         return lean(lambda: load(str(folder)))
+
+
+def _auto_config() -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig
 
 
 def random_config(spec: ModelSpec) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
@@ -96,12 +100,11 @@ def random_config(spec: ModelSpec) -> tuple[PretrainedConfig, PreTrainedTokenize
     Raises:
         UnknownName: model.family or a key of model.random is none.
     """
-    from transformers import AutoConfig
-
     assert spec.family is not None, "ModelSpec asks for a family where there is `random`"
     if spec.family not in FAMILIES:
         raise UnknownName("model.family", spec.family, FAMILIES, "family with random weights")
     settings = dict(spec.random or {})
+    AutoConfig = lean(_auto_config)
     known = lean(lambda: AutoConfig.for_model(spec.family)).to_dict()
     allowed = [*known, *FAMILIES[spec.family].undeclared]
     for key in settings:

@@ -105,15 +105,20 @@ def measured(spec: TrainRun, *, seconds: float, folder: Path, started: float) ->
     steps = min(load.steps, max(_LEAST, min(_MOST, int(seconds / per_step_s))))
     notes = _Notes(folder / "checkpoints")
     notes.folder.mkdir()
-    typical = _with(experiment, steps, every=steps, validation=_sample(experiment, "validation"))
+    # Scored as a training does, right after its steps: what an allocator has kept of these is part of the peak.
+    writes = experiment.task.generates
+    part = (_sample if writes else _longest)(experiment, "validation")
+    typical = _with(experiment, steps, every=steps, validation=part)
     alone(typical.training)(notes, None, NEVER)
     timed = load_of(typical.spec, examples, is_packed=is_packed)
     scorings = num_scorings(spec, len(examples), load.steps)
     scoring_s = scorings * _scoring_s(experiment, "validation", answers=False)
-    known = {"validation"} if not experiment.task.generates else set()
+    known = set() if writes else {"validation"}
     scoring_s += sum(_scoring_s(experiment, split, answers=True) for split in scored if split not in known)
     for split in dict.fromkeys(["validation", *scored]):
-        _score_longest(experiment, split)
+        if split not in known:
+            longest = replace(experiment, data={**experiment.data, split: _longest(experiment, split)})
+            longest.score(split, answers=False)
     saves = load.steps // spec.train.save_every if spec.train.save_every else scorings
     started = time.perf_counter()
     experiment.save(folder / "adapter")
@@ -159,12 +164,11 @@ def _sample(experiment: Experiment, split: str) -> Encoded:
     return replace(data, examples=[data.examples[number] for batch in chosen for number in batch])
 
 
-def _score_longest(experiment: Experiment, split: str) -> None:
-    """Score the batches of a split that a scoring begins with."""
+def _longest(experiment: Experiment, split: str) -> Encoded:
+    """The batches of a split that a scoring begins with."""
     data = experiment.data[split]
     numbers = [number for batch in _batches(experiment, split)[:_LONGEST] for number in batch]
-    part = replace(data, examples=[data.examples[number] for number in numbers])
-    replace(experiment, data={**experiment.data, split: part}).score(split, answers=False)
+    return replace(data, examples=[data.examples[number] for number in numbers])
 
 
 def _batches(experiment: Experiment, split: str) -> list[list[int]]:

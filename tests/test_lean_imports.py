@@ -192,3 +192,30 @@ def test_what_has_memory_has_values_and_what_has_none_has_its_shape() -> None:
     assert numbers.tolist() == [2, 3, 4]
     assert empty.weight.is_meta
     assert (counted.is_meta, counted.shape, counted.dtype) == (True, (1, 3), torch.int64)
+
+
+def test_the_list_of_models_is_the_one_that_transformers_would_read_again() -> None:
+    """In a process of its own: here transformers.models is imported already."""
+    code = """if True:
+        import json, sys, torch, transformers
+        from lora_cli.lean_imports import lean
+        from transformers.utils import import_utils
+
+        define, read = import_utils.define_import_structure, import_utils.create_import_structure_from_path
+        folders = []
+        import_utils.create_import_structure_from_path = lambda path: folders.append(str(path)) or read(path)
+        assert "transformers.models" not in sys.modules
+        lean(lambda: transformers.AutoConfig)
+        assert import_utils.define_import_structure is define
+        models = sys.modules["transformers.models"]
+        assert models.__file__ not in folders, folders
+        true = define(models.__file__)
+        assert {name for names in true.values() for name in names} <= set(models._class_to_module.values())
+        other = transformers.utils.import_utils._LazyModule("x", models.__file__, true, module_spec=models.__spec__)
+        assert other._class_to_module == models._class_to_module
+        assert other._object_missing_backend == models._object_missing_backend
+        print(len(other._class_to_module))
+    """
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) > 1000

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from lora_cli.sampled_steps import _score_longest
+from lora_cli.sampled_steps import _longest
 from lora_cli.spec import ClassificationSpec, LoraSpec, ModelSpec, TrainRun, TrainSpec
 
 
@@ -21,25 +21,20 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Scoring:
-    """An experiment that notes what it is to score."""
+class Known:
+    """An experiment of which only these are known."""
 
     spec: TrainRun
     data: dict[str, Data]
-    scored: list[int] = field(default_factory=list)
-
-    def score(self, split: str, *, answers: bool) -> None:
-        assert not answers
-        self.scored.extend(example.num_tokens for example in self.data[split].examples)
 
 
-def test_the_longest_dozen_batches_are_scored_for_the_peak() -> None:
+def test_a_scoring_is_foretold_from_the_longest_dozen_batches() -> None:
     spec = TrainRun(
         task=ClassificationSpec(name="x"),
         model=ModelSpec(name="tiny", family="bert"),
         lora=LoraSpec(),
         train=TrainSpec(eval_batch_size=2),
     )
-    experiment = Scoring(spec, {"validation": Data([Text(length) for length in range(1, 41)])})
-    _score_longest(experiment, "validation")  # type: ignore[arg-type]
-    assert sorted(experiment.scored) == list(range(17, 41))
+    experiment = Known(spec, {"validation": Data([Text(length) for length in range(1, 41)])})
+    found = _longest(experiment, "validation")  # type: ignore[arg-type]
+    assert sorted(example.num_tokens for example in found.examples) == list(range(17, 41))

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from lora_cli import machine
 from lora_cli.compiled import compiled_form
 from lora_cli.engine.batches import by_length
 from lora_cli.engine.device import Device
@@ -37,6 +38,10 @@ class Scorer(Protocol):
     def result(self) -> dict[str, float | None]: ...
 
 
+_FEW = 8
+"""The longest rows of a batch, from which what the whole batch takes is reckoned, at most."""
+_PLENTY = 0.1
+"""A share of the memory that is available, so small that the reckoning may be far off."""
 S = TypeVar("S", bound=Scorer, covariant=True)
 
 
@@ -123,6 +128,15 @@ def _predicted(
 def rehearse(
     model: torch.nn.Module, task: Task[Scorer], examples: Sequence[Example], *, device: Device, batch_size: int
 ) -> None:
-    """Score the longest batch and forget it: what is too large for memory fails now, not after an epoch."""
-    longest = by_length([example.num_tokens for example in examples], batch_size)[0]
-    evaluate(model, task, [examples[number] for number in longest], device=device, batch_size=batch_size)
+    """Score the longest batch and forget it: what is too large for memory fails now, not after an epoch.
+
+    On a processor some of its rows come first, and are enough where they show that the memory is plentiful.
+    """
+    longest = [examples[number] for number in by_length([e.num_tokens for e in examples], batch_size)[0]]
+    if device.device.type == "cpu" and device.world.size == 1:
+        before, few = device.resident_memory(), longest[:_FEW]
+        evaluate(model, task, few, device=device, batch_size=batch_size)
+        taken = device.peak_memory_mib() * 2**20 - before
+        if taken / len(few) * len(longest) < _PLENTY * machine.memory().available:
+            return
+    evaluate(model, task, longest, device=device, batch_size=batch_size)

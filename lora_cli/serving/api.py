@@ -102,7 +102,7 @@ class _Routes:
 
     def add_to(self, app: FastAPI) -> None:
         """Make them the application's."""
-        app.post("/v1/classify", summary="Labels or values of texts")(self.classify)
+        app.post("/v1/classify", summary="Labels or values of texts", response_model=dict[str, Any])(self.classify)
         app.post("/v1/completions", summary="Answers to prompts", responses=_STREAM, response_model=None)(self.complete)
         app.post("/v1/chat/completions", summary="Answers in a conversation", responses=_STREAM, response_model=None)(
             self.chat
@@ -122,7 +122,7 @@ class _Routes:
 
         app.get("/docs", summary="This description, to read", response_class=HTMLResponse)(docs)
 
-    async def classify(self, body: ClassifyRequest, request: Request) -> dict[str, Any]:
+    async def classify(self, body: ClassifyRequest, request: Request) -> Response:
         """Texts → label and probabilities, or a value, each, in order."""
         entry = self._entry(body.model, writes=False)
         texts = [body.input] if isinstance(body.input, str) else body.input
@@ -140,7 +140,8 @@ class _Routes:
             asking.close()
         self._metrics.rows(body.model, len(answers))
         data = [{"index": index, **_rounded(answer)} for index, answer in enumerate(answers)]
-        return {"object": "list", "model": body.model, "data": data}
+        # Made here: what FastAPI makes of a dict it checks and copies first.
+        return JSONResponse({"object": "list", "model": body.model, "data": data})
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """Prompts → texts, as OpenAI's completions."""

@@ -1,4 +1,4 @@
-"""Connections: how many there may be, and how long one may take to say what it wants. Knows uvicorn."""
+"""Connections: how many there may be, how long one may take to say what it wants, and how much. Knows uvicorn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Any
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from lora_cli.serving.gate import Refusal, failure
 
@@ -14,6 +14,8 @@ __all__ = ["connection_type"]
 
 _HEAD_S = 10.0
 """A request's head has to come within so many seconds."""
+_HEAD_BYTES = 1 << 16
+"""Of which it may have so many, but for what comes at once with its end."""
 
 
 def connection_type(most: int) -> type[asyncio.Protocol]:
@@ -21,11 +23,12 @@ def connection_type(most: int) -> type[asyncio.Protocol]:
     return type("_Connection", (_Connection,), {"most": most})
 
 
-class _Connection(H11Protocol):
-    """h11, as it bounds the length of a head; a slow one and one too many are closed."""
+class _Connection(HttpToolsProtocol):
+    """One with a slow or an endless head is closed, and so is one too many."""
 
     most: int
     _timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -38,9 +41,16 @@ class _Connection(H11Protocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        if not self.transport.is_closing():
-            super().data_received(data)
-            self._watch()
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        self._watch()
+        if self._waits_for_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > _HEAD_BYTES and not self.transport.is_closing():
+                self.send_400_response("Request head too large.")
+        else:
+            self._head_bytes = 0
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
@@ -50,9 +60,13 @@ class _Connection(H11Protocol):
         super().on_response_complete()
         self._watch()
 
+    @property
+    def _waits_for_head(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
     def _watch(self) -> None:
         """Wait for a head, unless one is there."""
-        if self.cycle is not None and not self.cycle.response_complete:
+        if not self._waits_for_head:
             self._unwatch()
         elif self._timer is None and not self.transport.is_closing():
             self._timer = asyncio.get_running_loop().call_later(_HEAD_S, self.transport.close)

@@ -5,10 +5,11 @@ of adapters.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +97,8 @@ class Gate:
         try:
             self._check(scope)
             taken = await self._body(scope, receive)
-            await asyncio.wait_for(self._app(scope, taken, told), self._limits.timeout_s + _MARGIN_S)
+            with _within(self._limits.timeout_s + _MARGIN_S):
+                await self._app(scope, taken, told)
         except Refusal as refusal:
             await _refuse(refusal, told)
         except asyncio.TimeoutError:
@@ -134,7 +136,8 @@ class Gate:
         if not length.isdigit() or len(length) > 18 or int(length) > self._limits.max_body:
             raise self._too_large()
         try:
-            body = await asyncio.wait_for(self._read(receive), min(_BODY_S, self._limits.timeout_s))
+            with _within(min(_BODY_S, self._limits.timeout_s)):
+                body = await self._read(receive)
         except asyncio.TimeoutError:
             raise Refusal(408, "the request's body did not come in time") from None
         is_given = False
@@ -163,6 +166,30 @@ class Gate:
 
     def _too_large(self) -> Refusal:
         return Refusal(413, f"a request may have {self._limits.max_body:,} bytes")
+
+
+@contextlib.contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Break the block off after so many seconds, with asyncio.TimeoutError. asyncio.timeout is not in Python 3.10, and
+    asyncio.wait_for makes a task of its own there, which is a tenth of what a small request takes.
+    """
+    task, is_late = asyncio.current_task(), False
+    assert task is not None
+
+    def late() -> None:
+        nonlocal is_late
+        is_late = True
+        task.cancel()
+
+    timer = asyncio.get_running_loop().call_later(seconds, late)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if is_late:
+            raise asyncio.TimeoutError from None
+        raise
+    finally:
+        timer.cancel()
 
 
 def _host(header: bytes) -> str:

@@ -104,6 +104,20 @@ class Scheduler:
             self._thread.join(grace_s)
 
     def _run(self) -> None:
+        try:
+            self._take_turns()
+        except BaseException as error:
+            # Nobody else would answer any more: who waits is told, and who asks from now on.
+            reason = Stopping("the server can compute nothing any more")
+            with self._changed:
+                self._is_stopping = True
+                for job in self._waiting:
+                    job.tell(reason)
+                self._waiting.clear()
+            self._work.end(reason)
+            self.pool.warn(f"internal error, nothing is answered any more: {type(error).__name__}: {error}")
+
+    def _take_turns(self) -> None:
         while True:
             with self._changed:
                 while not (self._waiting or self._calls or self._is_stopping or not self._work.is_idle):
