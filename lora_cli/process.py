@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-_SELDOM = (200_000, 50, 1000)
+_SELDOM = (1_000_000, 50, 1000)
 """Thresholds of the garbage collector while a command starts."""
 _usual: list[tuple[int, int, int]] = []
 """Those before, in a command that starts."""
@@ -127,7 +127,7 @@ def signals_and_warnings(name: str) -> Iterator[None]:
 
 
 def hurry() -> None:
-    """Until `settle_down`, hardly look for garbage: imports make a million objects that stay, and going through them
+    """Until `settle_down`, hardly look for garbage: imports make half a million objects that stay, and going through them
     again and again took a sixth of a command's start.
     """
     _usual.append(gc.get_threshold())
