@@ -127,8 +127,8 @@ def signals_and_warnings(name: str) -> Iterator[None]:
 
 
 def hurry() -> None:
-    """Until `settle_down`, hardly look for garbage: imports make half a million objects that stay, and going through them
-    again and again took a sixth of a command's start.
+    """Until `settle_down`, hardly look for garbage: imports make half a million objects that stay, and going through
+    them again and again took a sixth of a command's start.
     """
     _usual.append(gc.get_threshold())
     gc.set_threshold(*_SELDOM)

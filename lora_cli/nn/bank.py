@@ -45,7 +45,8 @@ class Member:
 class Bank:
     """Adapters by name on `model`, which is frozen in place and may be without padding (`remove_padding`) already.
 
-    `fresh` and `fingerprint` are the base's, as for `load_adapter`. One batch at a time: hooks belong to a model.
+    `fresh` and `fingerprint` are the base's, as for `load_adapter`. One batch at a time: hooks belong to a model. For
+    several, see `beside`.
     """
 
     def __init__(self, model: nn.Module, *, fresh: Sequence[str] = (), fingerprint: str | None = None) -> None:
@@ -70,6 +71,14 @@ class Bank:
     def bytes(self) -> Mapping[str, int]:
         """Adapter → what it takes in memory beside the base."""
         return dict(self._bytes)
+
+    def beside(self) -> Bank:
+        """A bank of the same adapters, later ones too, on a copy of the model that shares its tensors: while one thread
+        computes a batch in it, another may do so in this one, or let adapters come and go that are in neither batch.
+        """
+        bank = Bank(self._copied(), fresh=self._fresh, fingerprint=self._fingerprint)
+        bank._parts, bank._bytes = self._parts, self._bytes
+        return bank
 
     def add(self, name: str, source: Path | AdapterFile, *, force_base: bool = False) -> Member:
         """Load an adapter as `load_adapter` does, and call it `name`. Its head may have another number of outputs.
@@ -139,7 +148,8 @@ class Bank:
         for name in names:
             if name is not None:
                 self._check_known(name)
-        used = tuple(name for name in self._parts if name in set(names))
+        # At once: meanwhile another bank's thread may add one.
+        used = tuple(name for name in tuple(self._parts) if name in set(names))
         device = next(self.model.parameters()).device
         seating = Seating([-1 if name is None else used.index(name) for name in names], len(used), device)
         self._is_busy, handles = True, list(self._hooks(used, seating))
@@ -194,10 +204,13 @@ class Bank:
             raise AdapterError(f"there is an adapter called {name} already; remove it first")
         if self._is_busy:
             raise AdapterError("a batch is in this bank; add an adapter before or after")
-        shared = [*self.model.parameters(), *self.model.buffers()]
         # A parameter made in inference mode could not be trained, and does not count how often it was written to.
         with torch.inference_mode(False):
-            yield copy.deepcopy(self.model, {id(tensor): tensor for tensor in shared})
+            yield self._copied()
+
+    def _copied(self) -> nn.Module:
+        shared = [*self.model.parameters(), *self.model.buffers()]
+        return copy.deepcopy(self.model, {id(tensor): tensor for tensor in shared})
 
     def _take(self, name: str, twin: nn.Module, plan: Plan, injection: Injection) -> Member:
         shared = {id(tensor) for tensor in (*self.model.parameters(), *self.model.buffers())}

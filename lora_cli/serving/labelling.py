@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from lora_cli.errors import LoraError
+from lora_cli.nn import Bank
 from lora_cli.serving.jobs import Job, LabelJob
 from lora_cli.serving.pool import Full, Labelled, Pool
 
@@ -20,10 +21,12 @@ class _Item:
 
 
 class Labelling:
-    """See `jobs.Work`. A forward pass takes rows of `batch_tokens` tokens, or one row."""
+    """See `jobs.Work`. A forward pass takes rows of `batch_tokens` tokens, or one row. `bank` is one of the pool's
+    lanes, if there are several.
+    """
 
-    def __init__(self, pool: Pool, batch_tokens: int) -> None:
-        self._pool, self._budget = pool, batch_tokens
+    def __init__(self, pool: Pool, batch_tokens: int, bank: Bank | None = None) -> None:
+        self._pool, self._budget, self._bank = pool, batch_tokens, bank
         self._items: deque[_Item] = deque()
         self.num_tokens = 0
 
@@ -48,7 +51,7 @@ class Labelling:
             try:
                 self._begin(job)
             except Full as error:
-                if self._items:
+                if self._items or self._pool.is_in_use:
                     passed.append(job)
                 else:
                     job.tell(error)
@@ -78,14 +81,17 @@ class Labelling:
                     self._answer([item])
                 except Exception as reason:
                     self._fail(item, reason)
-        for item in chosen:
-            self._pool.release(item.row.ready)
+        with self._pool.lock:
+            for item in chosen:
+                self._pool.release(item.row.ready)
 
     def end(self, error: LoraError) -> None:
         """Break off what is begun."""
         for item in self._items:
             self._fail(item, error)
-            self._pool.release(item.row.ready)
+        with self._pool.lock:
+            for item in self._items:
+                self._pool.release(item.row.ready)
         self._items.clear()
         self.num_tokens = 0
 
@@ -100,7 +106,7 @@ class Labelling:
     def _answer(self, items: list[_Item]) -> None:
         if not items:
             return
-        for item, answer in zip(items, self._pool.classify([item.row for item in items]), strict=True):
+        for item, answer in zip(items, self._pool.classify([item.row for item in items], self._bank), strict=True):
             item.job.answers[item.index] = answer
             if len(item.job.answers) == len(item.job.rows):
                 item.job.tell([item.job.answers[index] for index in range(len(item.job.rows))])

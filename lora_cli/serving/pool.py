@@ -5,6 +5,7 @@ one goes where there is no room. Knows adapters and rows; nothing of requests, t
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from lora_cli.tokenizer import load_tokenizer
 from lora_cli.unpadded import remove_padding
 
 __all__ = ["Full", "Labelled", "Pool", "Ready", "Unavailable"]
+
+_LANES = 2
+"""Batches that a CPU computes at once."""
 
 
 class Unavailable(LoraError):  # noqa: N818 - it is what it says
@@ -61,7 +65,8 @@ class Labelled:
 
 
 class Pool:
-    """Adapters of `shelf` on the base of the first one. All methods are one thread's.
+    """Adapters of `shelf` on the base of the first one. All methods are one thread's, or of who holds `lock`; but with
+    banks of their own (`lanes`) several threads may call `logits` and `classify` at once.
 
     At most `max_adapters` of them are in memory, which take `max_bytes` at most (None: no limit) beside the base; one
     that is in use stays. With `watch` an adapter that changed on disk is read anew when it is next asked for.
@@ -81,7 +86,7 @@ class Pool:
         force_base: bool = False,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.shelf, self.device = shelf, device
+        self.shelf, self.device, self.lock = shelf, device, threading.RLock()
         self.entries = dict(shelf.entries)
         """Those that can be asked for: name → adapter."""
         self.num_loaded = self.num_evicted = self.num_reloaded = 0
@@ -94,6 +99,7 @@ class Pool:
         """Name → its newest version in memory, the least recently used one first."""
         self._held: Counter[str] = Counter()
         self._num_versions = 0
+        self._num_threads = torch.get_num_threads()
         self._tokenizers: dict[str, Any] = {}
         for entry in self.entries.values():
             self._check(entry)
@@ -112,6 +118,19 @@ class Pool:
     def bytes(self) -> int:
         """What they take beside the base."""
         return sum(self.bank.bytes.values())
+
+    def lanes(self) -> list[Bank]:
+        """A bank for each of the threads that should compute at once.
+
+        On a CPU two: operations of one batch wait for all of torch's threads again and again, and these for Python.
+        """
+        if self.writes or self.device.device.type != "cpu" or self._num_threads == 1:
+            return [self.bank]
+        return [self.bank.beside() for _ in range(_LANES)]
+
+    def share_threads(self, number: int) -> None:
+        """Compute the next batch of this thread with its part of torch's threads, `number` batches being computed."""
+        torch.set_num_threads(max(1, self._num_threads // number))
 
     def put(self, name: str) -> Entry:
         """Let an adapter be asked for that lies in one of the folders; it is read anew if it is there already.
@@ -160,6 +179,11 @@ class Pool:
         self._loaded.move_to_end(name)
         return found
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether an adapter is held."""
+        return bool(self._held)
+
     def hold(self, ready: Ready) -> None:
         """Keep this version of an adapter in memory until it is released as often."""
         self._held[ready.key] += 1
@@ -183,21 +207,21 @@ class Pool:
         found = task.encode_texts(Rows(rows, source="input", separator=" ", numbers=range(len(rows))), ready)
         return [Labelled(ready, example) for example in found.examples]
 
-    def logits(self, items: Sequence[Labelled]) -> list[torch.Tensor]:
-        """The logits of each row (sequences, outputs), all of them from one forward pass."""
-        task = items[0].ready.entry.task
+    def logits(self, items: Sequence[Labelled], bank: Bank | None = None) -> list[torch.Tensor]:
+        """The logits of each row (sequences, outputs), all of them from one forward pass, in one of the `lanes`."""
+        bank, task = bank or self.bank, items[0].ready.entry.task
         assert isinstance(task, Classification)
         batch = self.device.move(task.collate([item.example for item in items]))
         sizes = [len(item.example.input_ids) for item in items]
         names = [item.ready.key for item, size in zip(items, sizes, strict=True) for _ in range(size)]
-        with torch.inference_mode(), self.device.autocast(), self.bank.rows(names):
-            found = forward(self.bank.model, batch).float().cpu()
+        with torch.inference_mode(), self.device.autocast(), bank.rows(names):
+            found = forward(bank.model, batch).float().cpu()
         return [rows[:, : _num_outputs(item)] for item, rows in zip(items, torch.split(found, sizes), strict=True)]
 
-    def classify(self, items: Sequence[Labelled]) -> list[dict[str, Any]]:
+    def classify(self, items: Sequence[Labelled], bank: Bank | None = None) -> list[dict[str, Any]]:
         """The answer to each row: label and probabilities, or a value."""
         found = []
-        for item, logits in zip(items, self.logits(items), strict=True):
+        for item, logits in zip(items, self.logits(items, bank), strict=True):
             assert isinstance(item.ready.entry.task, Classification)
             found += item.ready.entry.task.decode(logits)
         return found

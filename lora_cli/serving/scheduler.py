@@ -1,8 +1,10 @@
-"""The thread that computes: takes jobs from a bounded queue and does them, batch by batch. Knows no HTTP."""
+"""The threads that compute: they take jobs from a bounded queue and do them, batch by batch. Knows no HTTP."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,22 +21,29 @@ T = TypeVar("T")
 
 
 def work_of(pool: Pool, batch_tokens: int) -> Work:
-    """What is done with jobs for the adapters of `pool`."""
+    """What is done with jobs for the adapters of `pool`, by one thread."""
     return Writing(pool, batch_tokens) if pool.writes else Labelling(pool, batch_tokens)
 
 
 class Scheduler:
-    """Does jobs for the adapters of `pool`, of which it alone may use the model. At most `max_queue` rows wait."""
+    """Does jobs for the adapters of `pool`, which it alone may use. At most `max_queue` rows wait."""
 
     def __init__(self, pool: Pool, *, batch_tokens: int, max_queue: int) -> None:
         self.pool, self._max_queue = pool, max_queue
         self.num_steps = 0
-        self._work = work_of(pool, batch_tokens)
+        banks = pool.lanes()
+        self._works = (
+            [Labelling(pool, batch_tokens, bank) for bank in banks] if len(banks) > 1 else [work_of(pool, batch_tokens)]
+        )
         self._waiting: deque[Job] = deque()
         self._calls: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
-        self._is_stopping = False
-        self._thread = threading.Thread(target=self._run, name="lora-serve", daemon=True)
+        self._num_computing = 0
+        self._is_stopping = self._is_over = False
+        self._threads = [
+            threading.Thread(target=self._run, args=(work,), name=f"lora-serve-{number}", daemon=True)
+            for number, work in enumerate(self._works)
+        ]
 
     @property
     def num_waiting(self) -> int:
@@ -45,16 +54,17 @@ class Scheduler:
     @property
     def num_tokens(self) -> int:
         """Tokens of what is being done."""
-        return self._work.num_tokens
+        return sum(work.num_tokens for work in self._works)
 
     @property
     def is_alive(self) -> bool:
         """Whether jobs are taken and done."""
-        return self._thread.is_alive() and not self._is_stopping
+        return all(thread.is_alive() for thread in self._threads) and not self._is_stopping
 
     def start(self) -> None:
         """Begin."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, job: Job) -> None:
         """Let a job wait for its turn.
@@ -73,7 +83,7 @@ class Scheduler:
             self._changed.notify()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Call a function in the thread, between two batches."""
+        """Call a function in a thread that computes, while no other one takes jobs."""
         future: Future[T] = Future()
 
         def do() -> None:
@@ -93,45 +103,76 @@ class Scheduler:
         """Take no more jobs, and break off those that are not done within `grace_s` seconds."""
         with self._changed:
             self._is_stopping = True
-            self._changed.notify()
-        self._thread.join(grace_s)
-        if self._thread.is_alive():
-            with self._changed:
-                for job in self._waiting:
-                    job.tell(Stopping("the server is stopping"))
-                self._waiting.clear()
-                self._calls.append(lambda: self._work.end(Stopping("the server is stopping")))
-            self._thread.join(grace_s)
+            self._changed.notify_all()
+        end = time.monotonic() + grace_s
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        self._end(Stopping("the server is stopping"))
+        for thread in self._threads:
+            thread.join(grace_s)
 
-    def _run(self) -> None:
+    def _end(self, reason: Stopping) -> None:
+        """Tell who waits that nothing comes any more; the threads end after their step."""
+        with self._changed:
+            self._is_stopping = self._is_over = True
+            for job in self._waiting:
+                job.tell(reason)
+            self._waiting.clear()
+            self._changed.notify_all()
+
+    def _run(self, work: Work) -> None:
+        reason = Stopping("the server is stopping")
         try:
-            self._take_turns()
+            self._take_turns(work)
+            work.end(reason)
         except BaseException as error:
-            # Nobody else would answer any more: who waits is told, and who asks from now on.
+            # Nobody else answers what has been begun here: who waits is told, and who asks from now on.
             reason = Stopping("the server can compute nothing any more")
-            with self._changed:
-                self._is_stopping = True
-                for job in self._waiting:
-                    job.tell(reason)
-                self._waiting.clear()
-            self._work.end(reason)
+            self._end(reason)
             self.pool.warn(f"internal error, nothing is answered any more: {type(error).__name__}: {error}")
+            with contextlib.suppress(Exception):
+                work.end(reason)
+        if self._is_over:
+            # Jobs that were taken out while this was decided have been put back.
+            self._end(reason)
 
-    def _take_turns(self) -> None:
-        while True:
+    def _take_turns(self, work: Work) -> None:
+        """Take jobs and do them, in turn with the other threads, until there are to be no more."""
+        while self._has_more(work):
+            with self.pool.lock:
+                with self._changed:
+                    # Taken out, so that nobody waits for this lock while texts are tokenised.
+                    calls, self._calls = self._calls, deque()
+                    waiting, self._waiting = self._waiting, deque()
+                for call in calls:
+                    call()
+                work.begin(waiting)
+                with self._changed:
+                    self._waiting.extendleft(reversed(waiting))
+                    if self._waiting:
+                        self._changed.notify()
+                    self._num_computing += not work.is_idle
+                    computing = self._num_computing
+            if work.is_idle:
+                self._wait_for_room()
+                continue
+            if len(self._works) > 1:
+                self.pool.share_threads(computing)
+            work.step()
             with self._changed:
-                while not (self._waiting or self._calls or self._is_stopping or not self._work.is_idle):
-                    self._changed.wait()
-                if self._is_stopping and not self._waiting and not self._calls and self._work.is_idle:
-                    return
-                calls, self._calls = self._calls, deque()
-                # Taken out, so that nobody waits for the lock while texts are tokenised.
-                waiting, self._waiting = self._waiting, deque()
-            for call in calls:
-                call()
-            self._work.begin(waiting)
-            with self._changed:
-                self._waiting.extendleft(reversed(waiting))
-            if not self._work.is_idle:
-                self._work.step()
+                self._num_computing -= 1
                 self.num_steps += 1
+                self._changed.notify_all()
+
+    def _wait_for_room(self) -> None:
+        """If what waits could not be begun, wait for another thread to release what it needs."""
+        with self._changed:
+            if self._waiting and self._num_computing and not self._is_over:
+                self._changed.wait()
+
+    def _has_more(self, work: Work) -> bool:
+        """Wait for something to do; False: there is and will be nothing."""
+        with self._changed:
+            while not (self._waiting or self._calls or self._is_stopping or not work.is_idle):
+                self._changed.wait()
+            return not self._is_over and bool(self._waiting or self._calls or not work.is_idle or not self._is_stopping)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,9 @@ def rows_of(outputs: dict[Any, Tensor], names: list[str | None]) -> Tensor:
 
 
 @torch.no_grad()
-def check_mixed(bank: Bank, alone: dict[Any, nn.Module], names: list[str | None], inputs: dict[str, Tensor]) -> None:
+def check_mixed(
+    bank: Bank, alone: Mapping[Any, Callable[..., Any]], names: list[str | None], inputs: dict[str, Tensor]
+) -> None:
     wanted = {name: alone[name](**inputs).logits for name in {None, *names}}
     with bank.rows(names):
         found = bank.model(**inputs).logits
@@ -277,6 +279,40 @@ def test_the_base_is_left_as_it_was_and_names_come_and_go(save: Callable[..., Pa
         model(**texts())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@torch.no_grad()
+def test_a_bank_beside_another_has_its_adapters_and_a_batch_of_its_own(packed: bool, save: Callable[..., Path]) -> None:
+    bank, alone = encoder("bert", packed=packed)
+    beside = bank.beside()
+    shared = zip(bank.model.parameters(), beside.model.parameters(), strict=True)
+    assert all(a is b for a, b in shared), "no weight is there twice"
+    ours, theirs = ["a", "b", "dora", None, "b", "a", None], ["dora", "a", "a", "a", None, "b", "b"]
+    wanted = {name: alone[name](**texts()).logits for name in alone}
+    with bank.rows(ours), beside.rows(theirs):
+        for _ in range(2):
+            found = bank.model(**texts()).logits, beside.model(**texts()).logits
+    for logits, names in zip(found, (ours, theirs), strict=True):
+        torch.testing.assert_close(logits, rows_of(wanted, names), rtol=1e-5, atol=1e-5)
+    with beside.rows(theirs):
+        bank.add("late", save("bert", "late"))
+        bank.remove("pissa")
+        beside.model(**texts())
+    assert beside.names == bank.names
+    check_mixed(
+        beside, {**alone, "late": bank_alone(bank, "late"), None: beside.model}, ["late", "a"] * 3 + [None], texts()
+    )
+
+
+def bank_alone(bank: Bank, name: str) -> Callable[..., Any]:
+    """What a model with this adapter alone computes."""
+
+    def compute(**inputs: Tensor) -> Any:
+        with bank.rows([name] * len(LENGTHS)):
+            return bank.model(**inputs)
+
+    return compute
 
 
 def test_a_batch_of_other_rows_is_refused() -> None:

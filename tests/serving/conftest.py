@@ -85,14 +85,16 @@ def talks(tmp_path_factory: pytest.TempPathFactory, forked: Callable[..., Comple
 
 
 @pytest.fixture
-def pool_of() -> Callable[..., Pool]:
+def pool_of() -> Iterator[Callable[..., Pool]]:
     """pool_of(films, max_adapters=2): a pool of the runs in a folder, or of those that are named."""
+    before = torch.get_num_threads()
 
-    def make(*runs: Path, **settings: Any) -> Pool:
+    def make(*runs: Path, threads: int = 1, **settings: Any) -> Pool:
         shelf = Shelf([str(run) for run in runs])
-        return Pool(shelf, open_device(DeviceSpec(name="cpu", threads=1)), **settings)
+        return Pool(shelf, open_device(DeviceSpec(name="cpu", threads=threads)), **settings)
 
-    return make
+    yield make
+    torch.set_num_threads(before)
 
 
 @dataclass

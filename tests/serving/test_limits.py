@@ -182,7 +182,7 @@ def test_a_thousand_requests_at_200_at_a_time_are_answered_as_single_ones(
 ) -> None:
     import psutil
 
-    server = serve(films, pool={"max_adapters": 3}, max_queue=150, timeout_s=60.0)
+    server = serve(films, pool={"max_adapters": 3, "threads": 2}, max_queue=150, timeout_s=60.0)
     single = {(name, text): server.classify(name, text)[0] for name in NAMES for text in TEXTS}
     asked = [(NAMES[number % 5], TEXTS[number % 7 % 5]) for number in range(1000)]
 
