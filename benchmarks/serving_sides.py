@@ -45,11 +45,12 @@ class PeftPool(Pool):
     def release(self, ready: Ready) -> None:
         """Nothing leaves."""
 
-    def lanes(self) -> list[Any]:
+    @property
+    def num_lanes(self) -> int:
         """One: PEFT mixes adapters by hooks on the one model."""
-        return [self.bank]
+        return 1
 
-    def logits(self, items: Sequence[Labelled], bank: Any = None) -> list[torch.Tensor]:
+    def logits(self, items: Sequence[Labelled]) -> list[torch.Tensor]:
         """Padded rows in one batch, each with its adapter; or one by one, where the adapter is switched for each."""
         parts = [items] if self._mixes else [[item] for item in items]
         return [row[None] for part in parts for row in self._computed(part)]

@@ -115,7 +115,7 @@ class WriteJob(Job):
 
 
 class Work(Protocol):
-    """What is done with jobs, batch by batch. One thread calls it."""
+    """What is done with jobs, batch by batch. One thread calls it, or several by turns; `step` all at once."""
 
     @property
     def is_idle(self) -> bool:
@@ -128,8 +128,8 @@ class Work(Protocol):
     def begin(self, waiting: deque[Job]) -> None:
         """Take jobs from the left, as many as there is room for."""
 
-    def step(self) -> None:
-        """One forward pass."""
+    def step(self) -> bool:
+        """One forward pass; False: there was nothing left to compute."""
 
     def end(self, error: LoraError) -> None:
         """Break off what is begun."""

@@ -6,7 +6,6 @@ from collections import deque
 from dataclasses import dataclass
 
 from lora_cli.errors import LoraError
-from lora_cli.nn import Bank
 from lora_cli.serving.jobs import Job, LabelJob
 from lora_cli.serving.pool import Full, Labelled, Pool
 
@@ -21,12 +20,10 @@ class _Item:
 
 
 class Labelling:
-    """See `jobs.Work`. A forward pass takes rows of `batch_tokens` tokens, or one row. `bank` is one of the pool's
-    lanes, if there are several.
-    """
+    """See `jobs.Work`. A forward pass takes rows of `batch_tokens` tokens, or one row."""
 
-    def __init__(self, pool: Pool, batch_tokens: int, bank: Bank | None = None) -> None:
-        self._pool, self._budget, self._bank = pool, batch_tokens, bank
+    def __init__(self, pool: Pool, batch_tokens: int) -> None:
+        self._pool, self._budget = pool, batch_tokens
         self._items: deque[_Item] = deque()
         self.num_tokens = 0
 
@@ -36,13 +33,14 @@ class Labelling:
         return not self._items
 
     def begin(self, waiting: deque[Job]) -> None:
-        """Take jobs from the left until there is work for a forward pass.
+        """Take jobs from the left until there is work for a forward pass of each thread.
 
         Those whose adapter has no room yet are passed over; the first of them is the first of the next batch.
         """
         passed: deque[Job] = deque()
         is_new = not self._items
-        while waiting and self.num_tokens < self._budget and (is_new or not passed):
+        enough = self._budget * self._pool.num_lanes
+        while waiting and self.num_tokens < enough and (is_new or not passed):
             job = waiting.popleft()
             assert isinstance(job, LabelJob)
             if job.is_over:
@@ -59,14 +57,9 @@ class Labelling:
                 job.tell(error)
         waiting.extendleft(reversed(passed))
 
-    def step(self) -> None:
+    def step(self) -> bool:
         """One forward pass; if it fails, each row is tried alone, so that the one at fault fails alone."""
-        chosen: list[_Item] = []
-        tokens = 0
-        while self._items and (not chosen or tokens + self._items[0].row.num_tokens <= self._budget):
-            chosen.append(self._items.popleft())
-            tokens += chosen[-1].row.num_tokens
-        self.num_tokens -= tokens
+        chosen = self._taken()
         kept = [item for item in chosen if not item.job.is_over]
         for item in chosen:
             if item.job.is_over:
@@ -84,16 +77,27 @@ class Labelling:
         with self._pool.lock:
             for item in chosen:
                 self._pool.release(item.row.ready)
+        return bool(chosen)
 
     def end(self, error: LoraError) -> None:
         """Break off what is begun."""
-        for item in self._items:
-            self._fail(item, error)
         with self._pool.lock:
-            for item in self._items:
+            items, self._items, self.num_tokens = self._items, deque(), 0
+            for item in items:
+                self._fail(item, error)
+            for item in items:
                 self._pool.release(item.row.ready)
-        self._items.clear()
-        self.num_tokens = 0
+
+    def _taken(self) -> list[_Item]:
+        """The rows of the next forward pass."""
+        chosen: list[_Item] = []
+        tokens = 0
+        with self._pool.lock:
+            while self._items and (not chosen or tokens + self._items[0].row.num_tokens <= self._budget):
+                chosen.append(self._items.popleft())
+                tokens += chosen[-1].row.num_tokens
+            self.num_tokens -= tokens
+        return chosen
 
     def _begin(self, job: LabelJob) -> None:
         ready = self._pool.ready(job.name)
@@ -106,7 +110,7 @@ class Labelling:
     def _answer(self, items: list[_Item]) -> None:
         if not items:
             return
-        for item, answer in zip(items, self._pool.classify([item.row for item in items], self._bank), strict=True):
+        for item, answer in zip(items, self._pool.classify([item.row for item in items]), strict=True):
             item.job.answers[item.index] = answer
             if len(item.job.answers) == len(item.job.rows):
                 item.job.tell([item.job.answers[index] for index in range(len(item.job.rows))])

@@ -7,7 +7,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,8 @@ class Labelled:
 
 
 class Pool:
-    """Adapters of `shelf` on the base of the first one. All methods are one thread's, or of who holds `lock`; but with
-    banks of their own (`lanes`) several threads may call `logits` and `classify` at once.
+    """Adapters of `shelf` on the base of the first one. All methods are one thread's, or of who holds `lock`; but
+    `logits` and `classify` are for as many threads at once as there are lanes.
 
     At most `max_adapters` of them are in memory, which take `max_bytes` at most (None: no limit) beside the base; one
     that is in use stays. With `watch` an adapter that changed on disk is read anew when it is next asked for.
@@ -99,7 +100,9 @@ class Pool:
         """Name → its newest version in memory, the least recently used one first."""
         self._held: Counter[str] = Counter()
         self._num_versions = 0
-        self._num_threads = torch.get_num_threads()
+        self._banks = self._lanes()
+        """Those in which nothing is computed right now."""
+        self._num_lanes = len(self._banks)
         self._tokenizers: dict[str, Any] = {}
         for entry in self.entries.values():
             self._check(entry)
@@ -119,18 +122,14 @@ class Pool:
         """What they take beside the base."""
         return sum(self.bank.bytes.values())
 
-    def lanes(self) -> list[Bank]:
-        """A bank for each of the threads that should compute at once.
+    @property
+    def num_lanes(self) -> int:
+        """How many threads should compute at once, each by `classify`."""
+        return self._num_lanes
 
-        On a CPU two: operations of one batch wait for all of torch's threads again and again, and these for Python.
-        """
-        if self.writes or self.device.device.type != "cpu" or self._num_threads == 1:
-            return [self.bank]
-        return [self.bank.beside() for _ in range(_LANES)]
-
-    def share_threads(self, number: int) -> None:
-        """Compute the next batch of this thread with its part of torch's threads, `number` batches being computed."""
-        torch.set_num_threads(max(1, self._num_threads // number))
+    def share_threads(self) -> None:
+        """Let each of them compute with its part of torch's threads."""
+        torch.set_num_threads(max(1, torch.get_num_threads() // self.num_lanes))
 
     def put(self, name: str) -> Entry:
         """Let an adapter be asked for that lies in one of the folders; it is read anew if it is there already.
@@ -207,24 +206,38 @@ class Pool:
         found = task.encode_texts(Rows(rows, source="input", separator=" ", numbers=range(len(rows))), ready)
         return [Labelled(ready, example) for example in found.examples]
 
-    def logits(self, items: Sequence[Labelled], bank: Bank | None = None) -> list[torch.Tensor]:
-        """The logits of each row (sequences, outputs), all of them from one forward pass, in one of the `lanes`."""
-        bank, task = bank or self.bank, items[0].ready.entry.task
+    def logits(self, items: Sequence[Labelled]) -> list[torch.Tensor]:
+        """The logits of each row (sequences, outputs), all of them from one forward pass."""
+        task = items[0].ready.entry.task
         assert isinstance(task, Classification)
         batch = self.device.move(task.collate([item.example for item in items]))
         sizes = [len(item.example.input_ids) for item in items]
         names = [item.ready.key for item, size in zip(items, sizes, strict=True) for _ in range(size)]
-        with torch.inference_mode(), self.device.autocast(), bank.rows(names):
+        with self._lane() as bank, torch.inference_mode(), self.device.autocast(), bank.rows(names):
             found = forward(bank.model, batch).float().cpu()
         return [rows[:, : _num_outputs(item)] for item, rows in zip(items, torch.split(found, sizes), strict=True)]
 
-    def classify(self, items: Sequence[Labelled], bank: Bank | None = None) -> list[dict[str, Any]]:
+    def classify(self, items: Sequence[Labelled]) -> list[dict[str, Any]]:
         """The answer to each row: label and probabilities, or a value."""
         found = []
-        for item, logits in zip(items, self.logits(items, bank), strict=True):
+        for item, logits in zip(items, self.logits(items), strict=True):
             assert isinstance(item.ready.entry.task, Classification)
             found += item.ready.entry.task.decode(logits)
         return found
+
+    def _lanes(self) -> list[Bank]:
+        """On a CPU two: operations of a batch wait for all of torch's threads again and again, and these for Python."""
+        if self.writes or self.device.device.type != "cpu" or torch.get_num_threads() == 1:
+            return [self.bank]
+        return [self.bank.beside() for _ in range(_LANES)]
+
+    @contextmanager
+    def _lane(self) -> Iterator[Bank]:
+        bank = self._banks.pop()
+        try:
+            yield bank
+        finally:
+            self._banks.append(bank)
 
     def _check_known(self, name: str) -> None:
         if name not in self.entries:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def work_of(pool: Pool, batch_tokens: int) -> Work:
-    """What is done with jobs for the adapters of `pool`, by one thread."""
+    """What is done with jobs for the adapters of `pool`."""
     return Writing(pool, batch_tokens) if pool.writes else Labelling(pool, batch_tokens)
 
 
@@ -31,18 +31,15 @@ class Scheduler:
     def __init__(self, pool: Pool, *, batch_tokens: int, max_queue: int) -> None:
         self.pool, self._max_queue = pool, max_queue
         self.num_steps = 0
-        banks = pool.lanes()
-        self._works = (
-            [Labelling(pool, batch_tokens, bank) for bank in banks] if len(banks) > 1 else [work_of(pool, batch_tokens)]
-        )
+        self._work = work_of(pool, batch_tokens)
         self._waiting: deque[Job] = deque()
         self._calls: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._num_computing = 0
         self._is_stopping = self._is_over = False
         self._threads = [
-            threading.Thread(target=self._run, args=(work,), name=f"lora-serve-{number}", daemon=True)
-            for number, work in enumerate(self._works)
+            threading.Thread(target=self._run, name=f"lora-serve-{number}", daemon=True)
+            for number in range(pool.num_lanes)
         ]
 
     @property
@@ -54,7 +51,7 @@ class Scheduler:
     @property
     def num_tokens(self) -> int:
         """Tokens of what is being done."""
-        return sum(work.num_tokens for work in self._works)
+        return self._work.num_tokens
 
     @property
     def is_alive(self) -> bool:
@@ -63,6 +60,7 @@ class Scheduler:
 
     def start(self) -> None:
         """Begin."""
+        self.pool.share_threads()
         for thread in self._threads:
             thread.start()
 
@@ -120,25 +118,24 @@ class Scheduler:
             self._waiting.clear()
             self._changed.notify_all()
 
-    def _run(self, work: Work) -> None:
+    def _run(self) -> None:
         reason = Stopping("the server is stopping")
         try:
-            self._take_turns(work)
-            work.end(reason)
+            self._take_turns()
         except BaseException as error:
             # Nobody else answers what has been begun here: who waits is told, and who asks from now on.
             reason = Stopping("the server can compute nothing any more")
             self._end(reason)
             self.pool.warn(f"internal error, nothing is answered any more: {type(error).__name__}: {error}")
-            with contextlib.suppress(Exception):
-                work.end(reason)
         if self._is_over:
-            # Jobs that were taken out while this was decided have been put back.
+            # What was taken out while this was decided has been put back.
             self._end(reason)
+            with contextlib.suppress(Exception):
+                self._work.end(reason)
 
-    def _take_turns(self, work: Work) -> None:
+    def _take_turns(self) -> None:
         """Take jobs and do them, in turn with the other threads, until there are to be no more."""
-        while self._has_more(work):
+        while self._has_more():
             with self.pool.lock:
                 with self._changed:
                     # Taken out, so that nobody waits for this lock while texts are tokenised.
@@ -146,33 +143,31 @@ class Scheduler:
                     waiting, self._waiting = self._waiting, deque()
                 for call in calls:
                     call()
-                work.begin(waiting)
+                self._work.begin(waiting)
                 with self._changed:
                     self._waiting.extendleft(reversed(waiting))
-                    if self._waiting:
-                        self._changed.notify()
-                    self._num_computing += not work.is_idle
-                    computing = self._num_computing
-            if work.is_idle:
+                    is_idle = self._work.is_idle
+                    self._num_computing += not is_idle
+                    self._changed.notify()
+            if is_idle:
                 self._wait_for_room()
                 continue
-            if len(self._works) > 1:
-                self.pool.share_threads(computing)
-            work.step()
+            was_done = self._work.step()
             with self._changed:
                 self._num_computing -= 1
-                self.num_steps += 1
+                self.num_steps += was_done
                 self._changed.notify_all()
+
+    def _has_more(self) -> bool:
+        """Wait for something to do; False: there is and will be nothing."""
+        with self._changed:
+            while not (self._waiting or self._calls or self._is_stopping or not self._work.is_idle):
+                self._changed.wait()
+            is_done = self._is_stopping and not self._waiting and not self._calls and self._work.is_idle
+            return not (self._is_over or is_done)
 
     def _wait_for_room(self) -> None:
         """If what waits could not be begun, wait for another thread to release what it needs."""
         with self._changed:
             if self._waiting and self._num_computing and not self._is_over:
                 self._changed.wait()
-
-    def _has_more(self, work: Work) -> bool:
-        """Wait for something to do; False: there is and will be nothing."""
-        with self._changed:
-            while not (self._waiting or self._calls or self._is_stopping or not work.is_idle):
-                self._changed.wait()
-            return not self._is_over and bool(self._waiting or self._calls or not work.is_idle or not self._is_stopping)

@@ -135,7 +135,7 @@ class Writing:
                     job.tell(error)
             waiting.popleft()
 
-    def step(self) -> None:
+    def step(self) -> bool:
         """Read the new prompts, and write one token of each running answer."""
         self._leave([answer for answer in (*self._running, *self._new) if answer.job.is_over], tell=True)
         if self._whole:
@@ -150,8 +150,9 @@ class Writing:
                     logits_NV = self._rows.step(self._pool.bank.model, tokens)
             except Exception as error:
                 self._fail(self._running, error)
-                return
+                return True
             self._choose(self._running, logits_NV)
+        return True
 
     def end(self, error: LoraError) -> None:
         """Break off what is begun."""

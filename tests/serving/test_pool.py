@@ -210,7 +210,7 @@ def finish(work: Labelling, waiting: deque[Job]) -> None:
 def test_jobs_are_answered_in_batches_of_a_budget(films: Path, pool_of: Callable[..., Pool]) -> None:
     pool, told, sizes = pool_of(films), [list[Any](), list[Any]()], list[int]()
     classify = pool.classify
-    pool.classify = lambda rows, bank: sizes.append(len(rows)) or classify(rows, bank)  # type: ignore[method-assign]
+    pool.classify = lambda rows: sizes.append(len(rows)) or classify(rows)  # type: ignore[method-assign]
     finish(Labelling(pool, 30), deque([label("a", TEXTS, told[0]), label("two", TEXTS, told[1])]))
     assert [[row["label"] for row in each[0]] for each in told] == [
         [row["label"] for row in classify(items(pool, [name] * 5))] for name in ("a", "two")
@@ -224,10 +224,10 @@ def test_a_row_that_fails_fails_alone(films: Path, pool_of: Callable[..., Pool])
     pool, good, bad = pool_of(films), list[Any](), list[Any]()
     classify = pool.classify
 
-    def fail(rows: Sequence[Labelled], bank: Any) -> list[dict[str, Any]]:
+    def fail(rows: Sequence[Labelled]) -> list[dict[str, Any]]:
         if any(row.ready.entry.name == "two" for row in rows):
             raise RuntimeError("out of registers")
-        return classify(rows, bank)
+        return classify(rows)
 
     pool.classify = fail  # type: ignore[method-assign]
     finish(Labelling(pool, 4096), deque([label("a", TEXTS, good), label("two", TEXTS, bad)]))

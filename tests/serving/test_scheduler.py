@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from lora_cli.nn import Bank
 from lora_cli.serving.jobs import LabelJob, Stopping
 from lora_cli.serving.pool import Labelled, Pool
 from lora_cli.serving.scheduler import Scheduler
@@ -50,11 +49,11 @@ def test_two_batches_are_computed_at_once_and_answered_as_single_texts(schedule:
     pool, both, met = scheduler.pool, threading.Barrier(2, timeout=20), set[int]()
     classify = pool.classify
 
-    def together(rows: list[Labelled], bank: Bank | None = None) -> list[dict[str, Any]]:
-        if bank is not None and id(bank) not in met:
-            met.add(id(bank))
+    def together(rows: list[Labelled]) -> list[dict[str, Any]]:
+        if threading.get_ident() not in met:
+            met.add(threading.get_ident())
             both.wait()  # Broken, and so told as an error, unless another thread is here too.
-        return classify(rows, bank)
+        return classify(rows)
 
     pool.classify = together  # type: ignore[method-assign]
     jobs, told = asked(120)
@@ -82,7 +81,9 @@ def test_a_text_waits_for_the_room_that_another_thread_s_adapter_takes(schedule:
 
 def test_one_thread_computes_where_torch_has_one(schedule: Callable[..., Scheduler]) -> None:
     scheduler = schedule(threads=1)
-    assert scheduler.pool.lanes() == [scheduler.pool.bank]
+    assert scheduler.pool.num_lanes == 1
+    (thread,) = scheduler._threads
+    assert thread.is_alive()
 
 
 def test_all_who_wait_are_told_when_nothing_can_be_computed_any_more(schedule: Callable[..., Scheduler]) -> None:
