@@ -90,8 +90,8 @@ def load_of(spec: TrainRun, examples: Sequence[Example], *, is_packed: bool) -> 
     """What `examples` ask of a training as `spec` has it."""
     lengths = [example.num_tokens for example in examples]
     plan = _plan(spec, lengths)
-    worst = worst_batch(spec, examples, is_packed=is_packed)
     steps = total_steps(spec.train, len(lengths))
+    worst = worst_batch(spec, examples, is_packed=is_packed, steps=steps)
     found = [examples[number] for number in worst]
     tokens = _cost([each.num_tokens for each in found], is_packed)
     length = math.ceil(tokens / len(found))
@@ -104,17 +104,18 @@ def load_of(spec: TrainRun, examples: Sequence[Example], *, is_packed: bool) -> 
     )
 
 
-def worst_batch(spec: TrainRun, examples: Sequence[Example], *, is_packed: bool) -> list[int]:
-    """Numbers of the examples of the first epoch's largest batch."""
-    lengths = [example.num_tokens for example in examples]
-    return max(_plan(spec, lengths).batches(0), key=lambda batch: _cost([lengths[n] for n in batch], is_packed))
+def worst_batch(spec: TrainRun, examples: Sequence[Example], *, is_packed: bool, steps: int) -> list[int]:
+    """Numbers of the examples of the largest batch of the first `steps`, all epochs taken to be like the first."""
+    plan = _plan(spec, [example.num_tokens for example in examples])
+    windows = (window for _, window in plan.steps(0, min(steps, plan.steps_per_epoch)))
+    batches = (batch for window in windows for batch in window)
+    return max(batches, key=lambda batch: _cost([plan.lengths[n] for n in batch], is_packed))
 
 
 def largest_batch(spec: TrainRun, examples: Sequence[Example], *, is_packed: bool, steps: int) -> int:
-    """Tokens of the largest batch of the first `steps`, epochs beyond the first taken to be like it."""
-    plan = _plan(spec, [example.num_tokens for example in examples])
-    windows = (window for _, window in plan.steps(0, min(steps, plan.steps_per_epoch)))
-    return max(_cost([plan.lengths[n] for n in batch], is_packed) for window in windows for batch in window)
+    """Tokens of that batch."""
+    worst = worst_batch(spec, examples, is_packed=is_packed, steps=steps)
+    return _cost([examples[n].num_tokens for n in worst], is_packed)
 
 
 def num_scorings(spec: TrainRun, examples: int, steps: int) -> int:

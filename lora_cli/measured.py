@@ -50,7 +50,7 @@ def _work(spec: TrainRun, seconds: float, folder: Path, output: Path, result: Pa
     hurry()
     isolation.settle([Path(os.devnull), output, output], Path.cwd(), dict(os.environ))
     # What composed the configuration stays in the memory of a command that trains.
-    import_module("hydra.main")
+    import_module("hydra.core.plugins").Plugins.instance()
     started = time.perf_counter()
     from lora_cli.sampled_steps import measured
 

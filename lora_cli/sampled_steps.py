@@ -1,14 +1,15 @@
 """What a training takes on this machine, from a few of its own steps in this process, which does nothing else.
 
-The steps are those of the one training loop: first on its largest batch, then as they come, then a scoring, a
-checkpoint and the saving of the adapter.
+The steps are those of the one training loop, as they come, with a scoring and a checkpoint; then its largest batch,
+and the saving of the adapter.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,9 @@ def measured(spec: TrainRun, *, seconds: float, folder: Path, started: float) ->
     resident = experiment.device.resident_memory()
     examples = experiment.data["train"].examples
     is_packed = removes_padding(experiment.base.model)
-    per_step_s = _worst(experiment, [examples[n] for n in worst_batch(spec, examples, is_packed=is_packed)], folder)
     load = load_of(spec, examples, is_packed=is_packed)
+    largest = partial(worst_batch, spec, examples, is_packed=is_packed)
+    per_step_s = _two_steps(experiment, largest(steps=1), folder)
     steps = min(load.steps, max(_LEAST, min(_MOST, int(seconds / per_step_s))))
     notes = _Notes(folder / "checkpoints")
     notes.folder.mkdir()
@@ -110,6 +112,8 @@ def measured(spec: TrainRun, *, seconds: float, folder: Path, started: float) ->
     part = (_sample if writes else _longest)(experiment, "validation")
     typical = _with(experiment, steps, every=steps, validation=part)
     alone(typical.training)(notes, None, NEVER)
+    if steps < load.steps:
+        _two_steps(experiment, largest(steps=load.steps), folder)
     timed = load_of(typical.spec, examples, is_packed=is_packed)
     scorings = num_scorings(spec, len(examples), load.steps)
     scoring_s = scorings * _scoring_s(experiment, "validation", answers=False)
@@ -143,9 +147,10 @@ def _with(experiment: Experiment, steps: int, *, every: int, **data: Encoded) ->
     return replace(experiment, spec=spec, data={**experiment.data, **data})
 
 
-def _worst(experiment: Experiment, batch: list[Any], folder: Path) -> float:
-    """Take two steps on the largest batch, the second with an optimizer's state; returns how long the second took."""
-    data = replace(experiment.data["train"], examples=batch)
+def _two_steps(experiment: Experiment, batch: Sequence[int], folder: Path) -> float:
+    """Take two steps on a batch, the second with an optimizer's state; returns how long the second took."""
+    whole = experiment.data["train"]
+    data = replace(whole, examples=[whole.examples[number] for number in batch])
     only = _with(experiment, _FAR, every=_FAR, train=data)
     requests: Training[Any] = only.training(_Notes(folder), None, NEVER)
     step = next(requests)

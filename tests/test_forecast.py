@@ -211,7 +211,7 @@ def test_the_largest_models_are_counted_with_alternatives_in_seconds(family, sha
 def test_the_load_is_that_of_the_largest_batch_and_of_all_steps(is_packed: bool, length: int, tokens: int) -> None:
     texts = [Text(number) for number in (4, 20, 6, 4)]
     spec = train_run(batch_size=2, epochs=2)
-    assert sorted(texts[n].num_tokens for n in worst_batch(spec, texts, is_packed=is_packed)) == [6, 20]
+    assert sorted(texts[n].num_tokens for n in worst_batch(spec, texts, is_packed=is_packed, steps=4)) == [6, 20]
     found = load_of(spec, texts, is_packed=is_packed)
     assert (found.rows, found.steps) == (2, 4)
     assert (found.length, found.tokens) == (length, tokens)
@@ -223,6 +223,8 @@ def test_the_largest_batch_of_all_steps_may_come_after_the_first_ones() -> None:
     sizes = [largest_batch(spec, texts, is_packed=True, steps=steps) for steps in (1, 2, 3, 4, 400)]
     assert sizes == sorted(sizes)
     assert sizes[0] < 20 == sizes[-1]
+    spec = train_run(batch_size=1, length_window=1, max_steps=1)
+    assert load_of(spec, texts, is_packed=True).length == sizes[0], "of one step it is the one of that step"
 
 
 @pytest.mark.parametrize(("every", "scorings"), [(None, 2), (3, 2), (1, 4), (9, 1)])
