@@ -5,7 +5,8 @@
     python benchmarks/plan.py --table             what has been measured, as Markdown
 
 Each pair is two processes, one after the other, on a machine with nothing else to do; with --turns 3 the figures are
-the middle ones of three pairs. Goal: memory within 10 %, time within 20 %. What is measured goes into results/plan.json at once, in the place of what is there of the same name.
+the middle ones of three pairs. Goal: memory within 10 %, time within 20 %. What is measured goes into results/plan.json
+at once, in the place of what is there of the same name.
 """
 
 from __future__ import annotations
