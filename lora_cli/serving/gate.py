@@ -171,7 +171,7 @@ class Gate:
 @contextlib.contextmanager
 def _within(seconds: float) -> Iterator[None]:
     """Break the block off after so many seconds, with asyncio.TimeoutError. asyncio.timeout is not in Python 3.10, and
-    asyncio.wait_for makes a task of its own there, which is a tenth of what a small request takes.
+    asyncio.wait_for makes a task of its own there.
     """
     task, is_late = asyncio.current_task(), False
     assert task is not None
