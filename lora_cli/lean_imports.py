@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-__all__ = ["Later", "complete", "lean", "valueless_on_meta"]
+__all__ = ["Later", "complete", "from_transformers", "lean", "valueless_on_meta"]
 
 T = TypeVar("T")
 _LATER = (
@@ -105,6 +105,11 @@ def lean(work: Callable[[], T]) -> T:
         # Perhaps another version asks more of a stand-in; what was half imported has gone again.
         complete()
         return work()
+
+
+def from_transformers(name: str) -> Any:
+    """Something that transformers exports, imported by `lean`: the first of these brings the list of its models."""
+    return lean(lambda: getattr(import_module("transformers"), name))
 
 
 def complete() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import ModelError, UnknownName, printable
 from lora_cli.families import FAMILIES
-from lora_cli.lean_imports import lean
+from lora_cli.lean_imports import from_transformers, lean
 from lora_cli.sources import check_checkpoint, find_source, read_json
 from lora_cli.spec import ModelSpec
 from lora_cli.tokenizer import add_tokens, build_tiny_tokenizer, explained, load_tokenizer, quiet
@@ -83,15 +83,11 @@ def load_reader(spec: ModelSpec, *, problem: str) -> ModelReader:
 
 def load_config(folder: Path, spec: ModelSpec) -> PretrainedConfig:
     """The config in a checkpoint's folder."""
-    load = partial(lean(_auto_config).from_pretrained, local_files_only=True, trust_remote_code=spec.trust_remote_code)
+    load = partial(
+        from_transformers("AutoConfig").from_pretrained, local_files_only=True, trust_remote_code=spec.trust_remote_code
+    )
     with explained(folder, "config"):
         return lean(lambda: load(str(folder)))
-
-
-def _auto_config() -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig
 
 
 def random_config(spec: ModelSpec) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
@@ -104,7 +100,7 @@ def random_config(spec: ModelSpec) -> tuple[PretrainedConfig, PreTrainedTokenize
     if spec.family not in FAMILIES:
         raise UnknownName("model.family", spec.family, FAMILIES, "family with random weights")
     settings = dict(spec.random or {})
-    AutoConfig = lean(_auto_config)
+    AutoConfig = from_transformers("AutoConfig")
     known = lean(lambda: AutoConfig.for_model(spec.family)).to_dict()
     allowed = [*known, *FAMILIES[spec.family].undeclared]
     for key in settings:

@@ -7,10 +7,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_cli.errors import ConfigError, LoraError, ModelError, printable
-from lora_cli.lean_imports import lean
+from lora_cli.lean_imports import from_transformers, lean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     # Without this, transformers builds a tokenizer of five special tokens from a config alone.
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise ModelError(f"{printable(folder)}: no tokenizer there (tokenizer.json, vocab.txt or a .model file)")
-    load = partial(lean(_auto_tokenizer).from_pretrained, local_files_only=True, trust_remote_code=trust_remote_code)
+    load = partial(
+        from_transformers("AutoTokenizer").from_pretrained, local_files_only=True, trust_remote_code=trust_remote_code
+    )
     with quiet(), explained(folder, "tokenizer"):
         tokenizer = lean(lambda: load(str(folder)))
     if tokenizer.pad_token_id is None:
@@ -46,12 +48,6 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         # Decoders are trained without padding; the attention mask hides it, whatever token it is.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _auto_tokenizer() -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

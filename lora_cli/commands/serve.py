@@ -12,7 +12,7 @@ from lora_cli.spec import ServeRun
 
 __all__ = ["run"]
 
-_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+_PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client")
 
 
 def run(spec: ServeRun, *, directory: Path | None = None, overrides: Sequence[str] = ()) -> None:

@@ -100,7 +100,7 @@ def test_what_cannot_be_served_is_refused_in_one_line(
     assert said in refused("serve", *(word.replace("RUN", str(run)) for word in words))
 
 
-@pytest.mark.parametrize("name", ["fastapi", "uvicorn", "prometheus_client"])
+@pytest.mark.parametrize("name", ["fastapi", "uvicorn", "httptools", "prometheus_client"])
 def test_a_missing_package_is_told_with_what_to_install(
     name: str, run: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
