@@ -45,10 +45,8 @@ class PeftPool(Pool):
     def release(self, ready: Ready) -> None:
         """Nothing leaves."""
 
-    @property
-    def num_lanes(self) -> int:
-        """One: PEFT mixes adapters by hooks on the one model."""
-        return 1
+    def open_lanes(self) -> None:
+        """One is all there is: PEFT mixes adapters by hooks on the one model."""
 
     def logits(self, items: Sequence[Labelled]) -> list[torch.Tensor]:
         """Padded rows in one batch, each with its adapter; or one by one, where the adapter is switched for each."""

@@ -100,9 +100,10 @@ class Pool:
         """Name → its newest version in memory, the least recently used one first."""
         self._held: Counter[str] = Counter()
         self._num_versions = 0
-        self._banks = self._lanes()
+        self._banks = [self.bank]
         """Those in which nothing is computed right now."""
-        self._num_lanes = len(self._banks)
+        self.num_lanes = 1
+        """How many threads may compute at once, each by `classify`."""
         self._tokenizers: dict[str, Any] = {}
         for entry in self.entries.values():
             self._check(entry)
@@ -122,14 +123,14 @@ class Pool:
         """What they take beside the base."""
         return sum(self.bank.bytes.values())
 
-    @property
-    def num_lanes(self) -> int:
-        """How many threads should compute at once, each by `classify`."""
-        return self._num_lanes
-
-    def share_threads(self) -> None:
-        """Let each of them compute with its part of torch's threads."""
-        torch.set_num_threads(max(1, torch.get_num_threads() // self.num_lanes))
+    def open_lanes(self) -> None:
+        """Let on a CPU two threads compute at once, each with its part of torch's: operations of a batch wait for all
+        of these again and again, and these for Python.
+        """
+        threads = torch.get_num_threads()
+        if not self.writes and self.device.device.type == "cpu" and threads > 1:
+            self.num_lanes, self._banks = _LANES, [self.bank.beside() for _ in range(_LANES)]
+            torch.set_num_threads(max(1, threads // _LANES))
 
     def put(self, name: str) -> Entry:
         """Let an adapter be asked for that lies in one of the folders; it is read anew if it is there already.
@@ -224,12 +225,6 @@ class Pool:
             assert isinstance(item.ready.entry.task, Classification)
             found += item.ready.entry.task.decode(logits)
         return found
-
-    def _lanes(self) -> list[Bank]:
-        """On a CPU two: operations of a batch wait for all of torch's threads again and again, and these for Python."""
-        if self.writes or self.device.device.type != "cpu" or torch.get_num_threads() == 1:
-            return [self.bank]
-        return [self.bank.beside() for _ in range(_LANES)]
 
     @contextmanager
     def _lane(self) -> Iterator[Bank]:

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lora_cli.serving.jobs import Busy, Job, Stopping, Work
 from lora_cli.serving.labelling import Labelling
@@ -25,15 +25,26 @@ def work_of(pool: Pool, batch_tokens: int) -> Work:
     return Writing(pool, batch_tokens) if pool.writes else Labelling(pool, batch_tokens)
 
 
+def _answer(future: Future[T], function: Callable[[], T]) -> None:
+    # Who has given up meanwhile is told nothing: that would be an error here.
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except BaseException as error:
+        future.set_exception(error)
+
+
 class Scheduler:
     """Does jobs for the adapters of `pool`, which it alone may use. At most `max_queue` rows wait."""
 
     def __init__(self, pool: Pool, *, batch_tokens: int, max_queue: int) -> None:
         self.pool, self._max_queue = pool, max_queue
         self.num_steps = 0
+        pool.open_lanes()
         self._work = work_of(pool, batch_tokens)
         self._waiting: deque[Job] = deque()
-        self._calls: deque[Callable[[], None]] = deque()
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._changed = threading.Condition()
         self._num_computing = 0
         self._is_stopping = self._is_over = False
@@ -60,7 +71,6 @@ class Scheduler:
 
     def start(self) -> None:
         """Begin."""
-        self.pool.share_threads()
         for thread in self._threads:
             thread.start()
 
@@ -83,17 +93,10 @@ class Scheduler:
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Call a function in a thread that computes, while no other one takes jobs."""
         future: Future[T] = Future()
-
-        def do() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
         with self._changed:
             if self._is_stopping:
                 raise Stopping("the server is stopping")
-            self._calls.append(do)
+            self._calls.append((future, function))
             self._changed.notify()
         return future
 
@@ -116,6 +119,10 @@ class Scheduler:
             for job in self._waiting:
                 job.tell(reason)
             self._waiting.clear()
+            for future, _ in self._calls:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(reason)
+            self._calls.clear()
             self._changed.notify_all()
 
     def _run(self) -> None:
@@ -141,8 +148,8 @@ class Scheduler:
                     # Taken out, so that nobody waits for this lock while texts are tokenised.
                     calls, self._calls = self._calls, deque()
                     waiting, self._waiting = self._waiting, deque()
-                for call in calls:
-                    call()
+                for future, function in calls:
+                    _answer(future, function)
                 self._work.begin(waiting)
                 with self._changed:
                     self._waiting.extendleft(reversed(waiting))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,10 +100,34 @@ def test_all_who_wait_are_told_when_nothing_can_be_computed_any_more(schedule: C
     jobs, told = asked(40)
     for job in jobs:
         scheduler.submit(job)
+    called = scheduler.call(lambda: 1)
     hold.set()
     wait_until(lambda: all(told), 30)
+    with contextlib.suppress(Stopping):
+        assert called.result(20) == 1, "done before, or told"
     assert any(isinstance(each[0], Stopping) for each in told)
     assert "SystemError: the interpreter is at its end" in warned[0]
     assert not scheduler.is_alive
     with pytest.raises(Stopping):
         scheduler.submit(jobs[0])
+
+
+def test_who_gives_up_a_call_harms_nobody(schedule: Callable[..., Scheduler]) -> None:
+    scheduler, hold = schedule(), threading.Event()
+    first, given_up = scheduler.call(hold.wait), scheduler.call(lambda: 1)
+    given_up.cancel()
+    hold.set()
+    assert first.result(20)
+    assert scheduler.call(lambda: 2).result(20) == 2
+    assert scheduler.is_alive
+
+
+def test_a_call_that_waits_when_the_time_to_stop_is_up_is_told(schedule: Callable[..., Scheduler]) -> None:
+    scheduler, hold, begun = schedule(threads=1), threading.Event(), threading.Event()
+    scheduler.call(lambda: begun.set() or hold.wait(20))
+    assert begun.wait(20)
+    waiting = scheduler.call(lambda: 1)
+    scheduler.stop(0.1)
+    with pytest.raises(Stopping):
+        waiting.result(20)
+    hold.set()
