@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_cli.activations import join_operations
 from lora_cli.checkpointing import forgo_cache
 from lora_cli.dropout import quicken
 from lora_cli.errors import ConfigError, ModelError, printable
@@ -123,6 +124,7 @@ def load_base(
     model.config.pad_token_id = tokenizer.pad_token_id
     forgo_cache(model)
     quicken(model)
+    join_operations(model)
     max_length = _num_positions(model, tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
     return BaseModel(
