@@ -10,7 +10,9 @@ import torch
 
 from lora_cli.engine.batches import by_length
 from lora_cli.engine.device import Device
+from lora_cli.growing_cache import growing_cache
 from lora_cli.spec import DecodeSpec
+from lora_cli.unpadded import can_remove_padding
 
 __all__ = ["Asked", "ends_of", "generate", "has_stop", "padded", "text_of"]
 
@@ -46,11 +48,14 @@ def generate(
     model.eval()
     config = _config(model, decode, tokenizer)
     writes_on, pad, done = not model.config.is_encoder_decoder, int(tokenizer.pad_token_id), 0
+    is_known = can_remove_padding(model.config.model_type, writes=True)
     batches = list(enumerate(by_length([query.num_tokens for query in queries], batch_size)))
     for (number, indices), counts in device.world.own(batches):
         batch = device.move(padded([queries[index].input_ids for index in indices], pad, left=writes_on))
         # A decoder's output begins with its prompt, an encoder-decoder's with its start token.
         start = batch["input_ids"].shape[1] if writes_on else 1
+        if is_known:
+            batch = {**batch, "past_key_values": growing_cache(model.config)}
         if decode.sample:
             device.seed(seed, number, 0)
         with device.without_gradients(), device.autocast(), _without_settings(model):
