@@ -36,10 +36,12 @@ def build_optimizer(groups: Iterable[dict[str, Any]], spec: TrainSpec) -> torch.
     Raises:
         ConfigError: bitsandbytes is not installed.
     """
-    prepared = [{**group, "peak_lr": group["lr"]} for group in groups]
+    prepared = [{**group, "params": [*group["params"]], "peak_lr": group["lr"]} for group in groups]
     settings: dict[str, Any] = {"lr": spec.lr, "betas": (spec.betas[0], spec.betas[1]), "eps": spec.eps}
     if spec.optimizer == "adamw":
-        return _AdamW(prepared, **settings)
+        # On a CPU torch has it as one pass over memory only where it is asked for.
+        is_on_cpu = all(p.device.type == "cpu" for group in prepared for p in group["params"])
+        return _AdamW(prepared, **settings, fused=is_on_cpu or None)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("train.optimizer", spec.optimizer, "needs a package: pip install 'lora-cli[quant]'")
     from bitsandbytes.optim import PagedAdamW32bit

@@ -270,6 +270,9 @@ class LoraLayer(nn.Module):
 
     def adapted(self, x: Tensor, base: Tensor) -> Tensor:
         """The layer's output from the base's, unmerged."""
+        if (pair := self.pair()) is not None:
+            A, B = pair
+            return _plus(base, functional.linear(self.dropout(x), A.to(x.dtype)), B, self.scaling)
         # Scaled at rank r, where it costs least.
         ax_R, core_R = self._reduce(x) * self.scaling, VARIANTS[self.variant].core(self)
         update = self._expand(ax_R if core_R is None else ax_R * core_R.to(ax_R.dtype))
@@ -330,6 +333,16 @@ class LoraLayer(nn.Module):
         """What `print(model)` shows of this layer."""
         parts = f", parts={'+'.join(self.parts)}" if self.parts else ""
         return f"r={self.r}, scaling={self.scaling:g}, variant={self.variant}{parts}" + ", merged" * self.is_merged
+
+
+def _plus(base: Tensor, ax_R: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """base + s B A x (..., out), without the update as a tensor of its own."""
+    if base.dtype != ax_R.dtype:
+        return base + functional.linear(ax_R * scaling, B.to(ax_R.dtype))
+    # Laid out anew, which costs nothing, because autograd takes the quicker of two products for the gradient of B then.
+    b_RO = B.to(ax_R.dtype).T.contiguous()
+    rows = torch.addmm(base.reshape(-1, len(B)), ax_R.reshape(-1, len(b_RO)), b_RO, alpha=scaling)
+    return rows.view(base.shape)
 
 
 class LoraLinear(LoraLayer):
