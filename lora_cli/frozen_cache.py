@@ -63,7 +63,8 @@ class FrozenCache:
         self._laid: Arguments = {}
         self._handles = [
             model.register_forward_pre_hook(self._look_up, with_kwargs=True),
-            self._blocks[self.first].register_forward_pre_hook(self._give),
+            # Before what the last layer does with its input, if this is the last.
+            self._blocks[self.first].register_forward_pre_hook(self._give, prepend=True),
         ]
         for block in self._blocks[: self.first]:
             block.forward = self._skipping(block.forward)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_cli.dropout import mask, of_block
 
-__all__ = ["Group", "Layout", "attention"]
+__all__ = ["Group", "Layout", "Places", "Taken", "attention"]
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Group:
 
 
 class Layout:
-    """Where the heads of T tokens stand in the matrices of all groups, P rows in all, and the other way round.
+    """How the rows of all groups are matrices of `heads` heads, `shared` of which have one key and value.
 
-    `shared` of the `heads` have one key and value. `blocked` is, of each group, true where a query may not see a key
-    (broadcasts to (rows, heads, width, width)), or None where each may see all of its row.
+    `blocked` is, of each group, true where a query may not see a key (broadcasts to (rows, heads, width, width)), or
+    None where each may see all of its row. With `only_first` a row's first token is its one query.
     """
 
     def __init__(
@@ -62,21 +62,43 @@ class Layout:
         heads: int,
         shared: int,
         device: torch.device,
+        *,
+        only_first: bool = False,
     ) -> None:
-        self.groups, self.heads, self._shared = groups, heads, shared
+        self.groups, self.heads = groups, heads
         self.width = max(group.width for group in groups)
-        self.blocked = [None if each is None else each.to(device) for each in blocked]
-        head = torch.arange(heads)[:, None]
-        tokens = [group.tokens[:, None] for group in groups]
-        are_tokens = [group.are_tokens[:, None].expand(-1, heads, -1).flatten() for group in groups]
+        firsts = [each if each is None or not only_first else each[..., :1, :] for each in blocked]
+        self.blocked = [None if each is None else each.to(device) for each in firsts]
+        self.keys = self.queries = Places(groups, heads, shared, device)
+        if shared > 1 or only_first:
+            self.queries = Places(groups, heads, 1, device, only_first=only_first)
+
+
+class Places:
+    """Where the heads of T tokens stand in the matrices of all groups, P rows in all, and the other way round."""
+
+    def __init__(
+        self, groups: Sequence[Group], heads: int, shared: int, device: torch.device, *, only_first: bool = False
+    ) -> None:
+        self._heads, self._shared = heads, shared
+        self._num_tokens = sum(int(group.lengths.sum()) for group in groups)
+        widths = [1 if only_first else group.width for group in groups]
+        tokens = [group.tokens[:, None, :width] for group, width in zip(groups, widths, strict=True)]
+        are_tokens = [
+            group.are_tokens[:, None, :width].expand(-1, heads, -1).flatten()
+            for group, width in zip(groups, widths, strict=True)
+        ]
         self._shapes = [(len(each) * heads, each.shape[2]) for each in tokens]
         self._sizes = [rows * width for rows, width in self._shapes]
-        sources = torch.cat([(each * heads + head).flatten() for each in tokens])
-        keys = torch.cat([(each * (heads // shared) + head // shared).flatten() for each in tokens])
-        is_token = torch.cat(are_tokens)
-        places = torch.empty(int(is_token.sum()), dtype=torch.int64)
-        places[sources[is_token]] = is_token.nonzero()[:, 0]
-        self._sources, self._keys, self.places = sources.to(device), keys.to(device), places.to(device)
+        head, is_token = torch.arange(heads)[:, None], torch.cat(are_tokens)
+        sources = torch.cat([(each * (heads // shared) + head // shared).flatten() for each in tokens])
+        own = torch.cat([(each * heads + head).flatten() for each in tokens])[is_token]
+        places = None if only_first else torch.empty_like(own)
+        if places is not None:
+            places[own] = is_token.nonzero()[:, 0]
+        self._sources = sources.to(device)
+        self._places = None if places is None else places.to(device)
+        """Of each head of a token its row; None: the tokens stand in the order of `_sources`, and not all of them."""
         self._padding = (~is_token).nonzero()[:, 0].to(device)
 
     def lay(self, x: Tensor) -> Tensor:
@@ -85,7 +107,7 @@ class Layout:
         return laid
 
     def back(self, laid: Tensor) -> Tensor:
-        """(P, d) → (T, heads, d)."""
+        """(P, d) → (T, heads, d): zeros for a token that stands nowhere."""
         x: Tensor = _Back.apply(laid, self)  # type: ignore[no-untyped-call]
         return x
 
@@ -96,16 +118,18 @@ class Layout:
 
     def looked_up(self, x: Tensor) -> Tensor:
         """`lay`, without gradients."""
-        sources = self._sources if x.shape[1] == self.heads else self._keys
-        return x.reshape(-1, x.shape[-1]).index_select(0, sources)
+        return x.reshape(-1, x.shape[-1]).index_select(0, self._sources)
 
     def taken_back(self, laid: Tensor) -> Tensor:
         """`back`, without gradients."""
-        return laid.index_select(0, self.places).view(-1, self.heads, laid.shape[-1])
+        if self._places is None:
+            whole = laid.new_zeros(self._num_tokens * self._heads, laid.shape[-1])
+            return whole.index_copy_(0, self._sources, laid).view(-1, self._heads, laid.shape[-1])
+        return laid.index_select(0, self._places).view(-1, self._heads, laid.shape[-1])
 
-    def summed(self, x: Tensor, heads: int) -> Tensor:
-        """(T, heads of queries, d) → (T, `heads`, d)."""
-        return x if heads == self.heads else x.view(-1, heads, self._shared, x.shape[-1]).sum(2)
+    def summed(self, x: Tensor) -> Tensor:
+        """(T, heads of queries, d) → (T, those of keys, d)."""
+        return x if self._shared == 1 else x.view(len(x), -1, self._shared, x.shape[-1]).sum(2)
 
     def without_padding(self, laid: Tensor) -> Tensor:
         """`laid` with zeros where no token stands: in place."""
@@ -116,28 +140,46 @@ class _Lay(torch.autograd.Function):
     """What is repeated is seen by nobody, so that it has no gradient: backward is a look-up too."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
-        ctx.layout, ctx.heads = layout, x.shape[1]
-        return layout.looked_up(x)
+    def forward(ctx: Any, x: Tensor, places: Places) -> Tensor:
+        ctx.places = places
+        return places.looked_up(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return ctx.layout.summed(ctx.layout.taken_back(grads[0]), ctx.heads), None
+        return ctx.places.summed(ctx.places.taken_back(grads[0])), None
 
 
 class _Back(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, laid: Tensor, layout: Layout) -> Tensor:
-        ctx.layout = layout
-        return layout.taken_back(laid)
+    def forward(ctx: Any, laid: Tensor, places: Places) -> Tensor:
+        ctx.places = places
+        return places.taken_back(laid)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return ctx.layout.without_padding(ctx.layout.looked_up(grads[0])), None
+        return ctx.places.without_padding(ctx.places.looked_up(grads[0])), None
+
+
+class Taken(torch.autograd.Function):
+    """Tokens (1, P, d) at different positions of (1, T, d). Backward they are copied to their places; torch, which does
+    not know that no two are alike, would add each to what is there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(positions)
+        ctx.num_tokens = x.shape[1]
+        return x.index_select(1, positions)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (positions,), grad = ctx.saved_tensors, grads[0]
+        whole = grad.new_zeros(1, ctx.num_tokens, grad.shape[-1])
+        return whole.index_copy_(1, positions, grad), None
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, dropout: float) -> Tensor:
-    """softmax(scale · q kᵀ) v of each row and head, the weights dropped out: (P, d) each, and so is the result."""
+    """softmax(scale · q kᵀ) v of each row and head, the weights dropped out: (P, d) each, the result as the query."""
     attended: Tensor = _Attention.apply(query, key, value, layout, scale, dropout)  # type: ignore[no-untyped-call]
     return attended
 
@@ -147,11 +189,12 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, dropout: float
     ) -> Tensor:
-        query, out = query * scale, torch.empty_like(value)
+        query, out = query * scale, torch.empty_like(query)
         kept: list[Tensor | None] = []
-        parts = zip(layout.groups, layout.blocked, *map(layout.matrices, (query, key, value, out)), strict=True)
+        q_o, k_v = map(layout.queries.matrices, (query, out)), map(layout.keys.matrices, (key, value))
+        parts = zip(layout.groups, layout.blocked, *q_o, *k_v, strict=True)
         with torch.autocast(query.device.type, enabled=False):
-            for group, blocked, q, k, v, o in parts:
+            for group, blocked, q, o, k, v in parts:
                 scores = torch.bmm(q, k.transpose(1, 2))
                 if blocked is not None:
                     scores.view(-1, layout.heads, *scores.shape[1:]).masked_fill_(blocked, -torch.inf)
@@ -168,9 +211,11 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         query, key, value, *kept = ctx.saved_tensors
         d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
-        whole = (query, key, value, grads[0], d_query, d_key, d_value)
-        parts = zip(*map(ctx.layout.matrices, whole), kept[::2], kept[1::2], strict=True)
-        for q, k, v, d_o, d_q, d_k, d_v, weights, factors in parts:
+        of_queries = map(ctx.layout.queries.matrices, (query, grads[0], d_query))
+        of_keys = map(ctx.layout.keys.matrices, (key, value, d_key, d_value))
+        for q, d_o, d_q, k, v, d_k, d_v, weights, factors in zip(
+            *of_queries, *of_keys, kept[::2], kept[1::2], strict=True
+        ):
             torch.bmm(_dropped(weights, factors).transpose(1, 2), d_o, out=d_v)
             d_weights = _dropped(torch.bmm(d_o, v.transpose(1, 2)), factors)
             d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lora_cli.plain_attention import Group, Layout
 
-__all__ = ["DECODING", "ENCODING", "Rows", "attend", "lay", "means"]
+__all__ = ["DECODING", "ENCODING", "Rows", "attend", "lay", "means", "put_back", "taken"]
 
 ENCODING, DECODING = "lora_unpadded", "lora_unpadded_causal"
 """Names of `attend` in transformers' registry, and so in the config of a model that lays its rows end to end."""
@@ -35,16 +35,22 @@ class Rows:
     starts: torch.Tensor
     """Position of each row's first token (N,), in the order of the batch."""
     groups: Sequence[Group]
+    kept: torch.Tensor | None = None
+    """Positions of the tokens that are read past the last layer; None: all are."""
+    only_first: bool = False
+    """Whether in attention a row's first token alone asks."""
     _layouts: dict[tuple[object, ...], Layout] = field(default_factory=dict, repr=False, compare=False)
 
     def layout(self, heads: int, shared: int, window: int | None, *, causal: bool) -> Layout:
         """The groups as matrices of so many heads, `shared` of which have one key and value: for all layers alike."""
         from lora_cli.plain_attention import Layout
 
-        key = heads, shared, window, causal
+        key = heads, shared, window, causal, self.only_first
         if key not in self._layouts:
             blocked = [_blocked(group, window, causal=causal) for group in self.groups]
-            self._layouts[key] = Layout(self.groups, blocked, heads, shared, self.starts.device)
+            self._layouts[key] = Layout(
+                self.groups, blocked, heads, shared, self.starts.device, only_first=self.only_first
+            )
         return self._layouts[key]
 
 
@@ -110,6 +116,19 @@ def means(hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
     return sums / rows.lengths[:, None]
 
 
+def taken(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(1, T, d) → (1, P, d), the tokens at P different positions."""
+    from lora_cli.plain_attention import Taken
+
+    found: torch.Tensor = Taken.apply(x, positions)  # type: ignore[no-untyped-call]
+    return found
+
+
+def put_back(x: torch.Tensor, positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """(1, P, d) → (1, `num_tokens`, d): what `taken` took at its positions, zeros elsewhere."""
+    return x.new_zeros(1, num_tokens, x.shape[-1]).index_copy_(1, positions, x)
+
+
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -124,7 +143,9 @@ def attend(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention within each row: (1, heads, T, d) each → (1, T, heads, d). Keys and values may have fewer heads."""
+    """Attention within each row: (1, heads, T, d) each → (1, T, heads, d). Keys and values may have fewer heads. Where
+    first tokens alone ask, zeros for all others.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     from lora_cli.plain_attention import attention
@@ -136,9 +157,12 @@ def attend(
         return out, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layout = rows.layout(query.shape[1], query.shape[1] // key.shape[1], sliding_window, causal=causal)
-    q, k, v = (layout.lay(x.squeeze(0).transpose(0, 1)) for x in (query, key, value))
+    q, k, v = (
+        places.lay(x.squeeze(0).transpose(0, 1))
+        for x, places in ((query, layout.queries), (key, layout.keys), (value, layout.keys))
+    )
     attended = attention if query.device.type == "cpu" and layout.width <= _SHORT else _fused_attention
-    return layout.back(attended(q, k, v, layout, scale, dropout))[None], None
+    return layout.queries.back(attended(q, k, v, layout, scale, dropout))[None], None
 
 
 def _fused_attention(
@@ -148,10 +172,8 @@ def _fused_attention(
     import torch
     from torch.nn import functional
 
-    parts = []
-    for group, blocked, *own in zip(
-        layout.groups, layout.blocked, *map(layout.matrices, (query, key, value)), strict=True
-    ):
+    parts, k_v = [], map(layout.keys.matrices, (key, value))
+    for group, blocked, *own in zip(layout.groups, layout.blocked, layout.queries.matrices(query), *k_v, strict=True):
         q, k, v = (x.unflatten(0, (-1, layout.heads)) for x in own)
         mask = None if blocked is None else ~blocked
         with of_block(group.block):

@@ -2,53 +2,84 @@
 
 Knows transformers' attention registry and the places where heads read; nothing of tasks, adapters or training. From the
 outside a model takes padded rows as before. Inside, a batch is one sequence of its real tokens; attention sees
-the rows (`row_attention`); and what nobody reads is not computed: of an encoder past its last attention all but
-the first token of each row, of a decoder the logits of tokens that are not learnt. No module is rewritten: all of
-it is in a few hooks.
+the rows (`row_attention`); and what nobody reads is not computed: past the last attention all but the first token of
+each row in an encoder, and all but the tokens that predict a label in a decoder. No module is rewritten: all of it is
+in a few hooks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.row_attention import DECODING, ENCODING, Rows, attend, lay, means
+from lora_cli.row_attention import DECODING, ENCODING, Rows, attend, lay, means, put_back, taken
 
 if TYPE_CHECKING:
     import torch
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
 __all__ = ["can_remove_padding", "first_position", "remove_padding", "removes_padding", "takes_labels"]
 
 
 @dataclass(frozen=True)
+class _Last:
+    """The last of some layers that add attention to what goes into them, and where in it attention begins and ends."""
+
+    layer: str
+    norm: str
+    projection: str
+
+
+@dataclass(frozen=True)
+class _Narrow:
+    """An attention, its query, and what attention's output and what is added to it go into: all of the last layer."""
+
+    attention: str
+    query: str
+    output: str
+
+
+@dataclass(frozen=True)
 class _Anatomy:
     """Where the modules of a family are. `encoder` gives the hidden states (N, T, d) that a pooler or head reads the
-    first token of; into `narrow`, of the last layer, go attention's output and what is added to it.
+    first token of.
     """
 
     encoder: str
-    narrow: str | None = None
+    last: _Last | _Narrow | None = None
 
 
-_BERT = _Anatomy("encoder", "encoder.layer.{last}.attention.output")
+_BERT = _Anatomy(
+    "encoder",
+    _Narrow("encoder.layer.{last}.attention.self", "query", "encoder.layer.{last}.attention.output"),
+)
 _ENCODERS = {
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
     "electra": _BERT,
-    "distilbert": _Anatomy("transformer", "transformer.layer.{last}.sa_layer_norm"),
+    "distilbert": _Anatomy(
+        "transformer",
+        _Narrow("transformer.layer.{last}.attention", "q_lin", "transformer.layer.{last}.sa_layer_norm"),
+    ),
     # One layer is all layers, so that none is the last.
     "albert": _Anatomy("encoder"),
-    # What is added to attention's output is added outside of any module.
-    "modernbert": _Anatomy(""),
+    "modernbert": _Anatomy("", _Last("layers.{last}", "attn_norm", "attn.Wo")),
 }
 """model_type → anatomy. DeBERTa's attention is its own."""
-_DECODERS = (
-    *("gemma", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral"),
-    *("opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe"),
-)
+_LLAMA = _Last("layers.{last}", "input_layernorm", "self_attn.o_proj")
+_DECODERS: dict[str, _Last | None] = {
+    **dict.fromkeys(("gemma", "gemma3_text", "llama", "mistral", "mixtral"), _LLAMA),
+    **dict.fromkeys(("phi3", "qwen2", "qwen3", "qwen3_moe"), _LLAMA),
+    "gpt2": _Last("h.{last}", "ln_1", "attn.c_proj"),
+    "gpt_neox": _Last("layers.{last}", "input_layernorm", "attention.dense"),
+    "opt": _Last("decoder.layers.{last}", "self_attn_layer_norm", "self_attn.out_proj"),
+    # One norm is before attention and the feed-forward layers, which take all of its tokens.
+    "phi": None,
+}
+"""model_type → its last layer."""
 
 
 def remove_padding(model: PreTrainedModel) -> bool:
@@ -70,18 +101,26 @@ def remove_padding(model: PreTrainedModel) -> bool:
     AttentionInterface.register(name, partial(attend, causal=decodes))
     AttentionMaskInterface.register(name, sdpa_mask)
     model.config._attn_implementation = name
+    last = _DECODERS[family] if decodes else _ENCODERS[family].last
+    if isinstance(last, _Last) and getattr(model.config, "do_layer_norm_before", True):
+        layer = model.base_model.get_submodule(_numbered(last.layer, model))
+        narrowing = _LastLayer(last)
+        layer.register_forward_pre_hook(narrowing.begin, with_kwargs=True)
+        layer.register_forward_hook(narrowing.end)
     if decodes:
         decoder = _Decoder()
         model.register_forward_pre_hook(decoder.lay_end_to_end, with_kwargs=True)
         model.register_forward_hook(decoder.unwrap)
         return True
-    anatomy = _ENCODERS[family]
-    encoder = _Encoder(model, anatomy)
+    encoder = _Encoder(model, is_narrowed=isinstance(last, _Narrow))
     model.register_forward_pre_hook(encoder.lay_end_to_end, with_kwargs=True)
-    if anatomy.narrow is not None:
-        name = anatomy.narrow.format(last=model.config.num_hidden_layers - 1)
-        model.base_model.get_submodule(name).register_forward_pre_hook(encoder.narrow)
-    model.base_model.get_submodule(anatomy.encoder).register_forward_hook(encoder.pick)
+    if isinstance(last, _Narrow):
+        attention, asking = model.base_model.get_submodule(_numbered(last.attention, model)), _FirstsAsk(last.query)
+        attention.register_forward_pre_hook(asking.begin, with_kwargs=True)
+        attention.register_forward_hook(asking.end)
+        output = model.base_model.get_submodule(_numbered(last.output, model))
+        output.register_forward_pre_hook(encoder.narrow)
+    model.base_model.get_submodule(_ENCODERS[family].encoder).register_forward_hook(encoder.pick)
     return True
 
 
@@ -100,6 +139,10 @@ def removes_padding(model: torch.nn.Module) -> bool:
     return _attention(model) in (ENCODING, DECODING)
 
 
+def _numbered(name: str, model: PreTrainedModel) -> str:
+    return name.format(last=model.config.num_hidden_layers - 1)
+
+
 def _attention(model: torch.nn.Module) -> str | None:
     config = getattr(model, "config", None)
     name: str | None = getattr(config, "_attn_implementation", None)
@@ -109,8 +152,8 @@ def _attention(model: torch.nn.Module) -> str | None:
 class _Encoder:
     """What is done to a batch on its way through an encoder and its head."""
 
-    def __init__(self, model: PreTrainedModel, anatomy: _Anatomy) -> None:
-        self._is_narrowed = anatomy.narrow is not None
+    def __init__(self, model: PreTrainedModel, *, is_narrowed: bool) -> None:
+        self._is_narrowed = is_narrowed
         self._means = getattr(model.config, "classifier_pooling", "cls") == "mean"
         tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
         self._offset = first_position(next(tables, None))
@@ -118,13 +161,17 @@ class _Encoder:
 
     def lay_end_to_end(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Padded rows (N, longest) → one row (1, T)."""
-        laid = None if args else _laid_end_to_end(kwargs, self._offset)
-        self._rows = laid["rows"] if laid else None
-        return laid and (args, laid)
+        self._rows, laid = None, None if args else _laid_end_to_end(kwargs, self._offset)
+        if laid is None:
+            return None
+        if not self._means:
+            laid["rows"] = replace(laid["rows"], kept=laid["rows"].starts)
+        self._rows = laid["rows"]
+        return args, laid
 
     def narrow(self, module: Any, args: tuple[Any, ...]) -> Any:
         """(1, T, d) each → (1, N, d): the first tokens."""
-        return None if self._rows is None else tuple(x[:, self._rows.starts] for x in args)
+        return None if self._rows is None else tuple(taken(x, self._rows.starts) for x in args)
 
     def pick(self, module: Any, args: Any, output: Any) -> Any:
         """Hidden states (1, T, d) → (N, 1, d): what the head reads."""
@@ -154,17 +201,92 @@ class _Decoder:
         kwargs.pop("owners", None)
         if laid is None:
             return args, kwargs
-        self._rows = laid["rows"]
         row, place = (labels[:, 1:] >= 0).nonzero(as_tuple=True)
+        kept = laid["rows"].starts[row] + place
+        self._rows = replace(laid["rows"], kept=kept)
         # transformers takes a mask of four dimensions as it is, and builds none.
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=labels.device)
-        return args, {**laid, "attention_mask": mask, "logits_to_keep": self._rows.starts[row] + place}
+        return args, {**laid, "rows": self._rows, "attention_mask": mask, "logits_to_keep": kept}
 
     def unwrap(self, model: Any, args: Any, output: Any) -> Any:
         """Logits (1, targets, vocabulary) → (targets, vocabulary)."""
         if self._rows is not None:
             output.logits = output.logits[0]
         return output
+
+
+class _Armed:
+    """Hooks on modules inside of one that is running, whatever modules these are by then: an adapter may have been put
+    in their place. They are gone before its next run at the latest: a pass may break off.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+
+    def _disarm(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+class _LastLayer(_Armed):
+    """What is done to the last layer: attention sees all tokens, and what follows only those that are read."""
+
+    def __init__(self, last: _Last) -> None:
+        super().__init__()
+        self._last = last
+        self._kept: torch.Tensor | None = None
+        self._num_tokens = 0
+
+    def begin(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let the layer add to the kept ones of its input (1, T, d), and its attention begin with all of it."""
+        self._disarm()
+        rows = kwargs.get("rows")
+        self._kept = kept = None if rows is None else rows.kept
+        if kept is None:
+            return None
+        whole, *others = args
+        self._num_tokens = whole.shape[1]
+        norm, projection = (layer.get_submodule(name) for name in (self._last.norm, self._last.projection))
+        self._handles = [
+            norm.register_forward_pre_hook(lambda *_: (whole,)),
+            projection.register_forward_pre_hook(lambda _, given: (taken(given[0], kept),)),
+        ]
+        return (taken(whole, kept), *others), kwargs
+
+    def end(self, layer: Any, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        """Put them where they were, zeros elsewhere: (1, T, d)."""
+        import torch
+
+        # The backward pass may compute what is inside of a layer again, without hooks on the layer itself.
+        if not torch.is_grad_enabled():
+            self._disarm()
+        return None if self._kept is None else put_back(output, self._kept, self._num_tokens)
+
+
+class _FirstsAsk(_Armed):
+    """What is done to the last attention: queries are computed of the first tokens alone."""
+
+    def __init__(self, query: str) -> None:
+        super().__init__()
+        self._query = query
+
+    def begin(self, attention: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let its query take those tokens, and tell `attend`."""
+        self._disarm()
+        rows = kwargs.get("rows")
+        if rows is None:
+            return None
+        query, num_tokens = attention.get_submodule(self._query), args[0].shape[1]
+        self._handles = [
+            query.register_forward_pre_hook(lambda _, given: (taken(given[0], rows.starts),)),
+            query.register_forward_hook(lambda _, given, output: put_back(output, rows.starts, num_tokens)),
+        ]
+        return args, {**kwargs, "rows": replace(rows, only_first=True)}
+
+    def end(self, attention: Any, args: Any, output: Any) -> None:
+        """Leave the query as it was."""
+        self._disarm()
 
 
 def _laid_end_to_end(kwargs: dict[str, Any], offset: int) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from lora_cli.models import fresh_head
+from lora_cli.nn import inject
 from lora_cli.reader import random_config
 from lora_cli.row_attention import lay
-from lora_cli.spec import ModelSpec
+from lora_cli.spec import LoraSpec, ModelSpec
 from lora_cli.tasks.sequences import IGNORED, learnt
 from lora_cli.unpadded import remove_padding, takes_labels
 from nn.models import tiny_lm
@@ -112,20 +115,41 @@ def test_rows_of_one_owner_lie_beside_each_other() -> None:
     assert rows.starts.tolist() == [4, 0, 9, 2, 18]
 
 
-def test_only_real_tokens_are_computed_and_past_the_last_attention_only_the_first_ones() -> None:
-    model = build("tiny-bert")
-    assert remove_padding(model)
-    shapes: dict[str, torch.Size] = {}
+def tokens_of_linears(model: torch.nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
+    """How many tokens each linear layer computes."""
+    found: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(lambda _, args, out, name=name: shapes.update({name: args[0].shape[:-1]}))
-    model(**batch(LENGTHS, 0))
-    tokens, rows = sum(LENGTHS), len(LENGTHS)
-    last = f"layer.{model.config.num_hidden_layers - 1}."
-    for name, shape in shapes.items():
-        if "layer." in name:
-            is_narrow = last in name and ".self." not in name
-            assert shape.numel() == (rows if is_narrow else tokens), name
+        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
+            module.register_forward_hook(
+                lambda _, args, out, name=name: found.update({name: args[0].shape[:-1].numel()})
+            )
+    model(**inputs)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "all_of_the_last"),
+    [
+        ("tiny-bert", ("self.key", "self.value")),
+        ("tiny-distilbert", ("k_lin", "v_lin", "out_lin")),
+        ("tiny-modernbert", ("Wqkv",)),
+    ],
+)
+def test_only_real_tokens_are_computed_and_of_the_last_layer_what_is_read(
+    name: str, all_of_the_last: tuple[str, ...]
+) -> None:
+    model = build(name)
+    assert remove_padding(model)
+    last = f".{model.config.num_hidden_layers - 1}."
+    # An adapter put in later, around the modules that are hooked, is treated no otherwise.
+    inject(model, LoraSpec(r=2, targets=["all-linear"]), groups={}, fresh=fresh_head(model))
+    found = {
+        place: tokens for place, tokens in tokens_of_linears(model, batch(LENGTHS, 0)).items() if ".layer" in place
+    }
+    assert len(found) > 4
+    for place, tokens in found.items():
+        is_narrow = last in place and not any(part in place for part in all_of_the_last)
+        assert tokens == (len(LENGTHS) if is_narrow else sum(LENGTHS)), place
 
 
 def test_with_dropout_the_loss_is_the_same_on_average() -> None:
@@ -203,6 +227,46 @@ def test_a_decoder_gives_the_logits_of_its_labels(family: str, config: dict[str,
             torch.testing.assert_close(alone, wanted, rtol=1e-5, atol=5e-6)
     (same,) = torch.autograd.grad(found.square().sum(), model.get_input_embeddings().weight)
     torch.testing.assert_close(same, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("family", "all_of_the_last"),
+    [("gpt2", "c_attn"), ("llama", "q_proj k_proj v_proj"), ("gpt_neox", "query_key_value")],
+)
+def test_a_decoder_computes_past_its_last_attention_what_predicts_a_label(family: str, all_of_the_last: str) -> None:
+    model, inputs = tiny_lm(family, use_cache=False), texts()
+    assert remove_padding(model)
+    last = f".{model.config.num_hidden_layers - 1}."
+    inject(model, LoraSpec(r=2, targets=["all-linear"]), groups={}, skip=("lm_head", "embed_out"))
+    num_learnt = sum(SENTENCES) - 2 * len(SENTENCES)
+    found = {
+        place: tokens for place, tokens in tokens_of_linears(model, inputs).items() if "h." in place or "layer" in place
+    }
+    assert len(found) > 4
+    for place, tokens in found.items():
+        is_narrow = last in place and not any(part in place for part in all_of_the_last.split())
+        assert tokens == (num_learnt if is_narrow else sum(SENTENCES)), place
+
+
+def test_a_pass_that_breaks_off_in_the_last_layer_leaves_nothing_behind() -> None:
+    model, inputs = tiny_lm("llama", use_cache=False), texts()
+    assert remove_padding(model)
+    wanted = model(**inputs).logits
+    handle = model.model.layers[-1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**inputs)
+    handle.remove()
+    assert torch.equal(model(**inputs).logits, wanted)
+
+
+def test_a_copy_made_between_steps_computes_as_the_model_does() -> None:
+    model, inputs = tiny_lm("llama", use_cache=False), texts()
+    assert remove_padding(model)
+    wanted = model(**inputs).logits
+    twin = copy.deepcopy(model)
+    other = {**inputs, "labels": inputs["labels"].index_fill(1, torch.tensor([2, 3]), IGNORED)}
+    torch.testing.assert_close(twin(**other).logits, model(**other).logits, rtol=0, atol=0)
+    assert torch.equal(model(**inputs).logits, wanted)
 
 
 def test_a_decoder_without_labels_and_its_generation_are_as_before() -> None:

@@ -36,6 +36,7 @@ def gradients(bank: Bank, wanted: Mapping[str, MicroStep]) -> dict[str, Answer]:
     batches, device = [step.batch for step in steps], steps[0].device
     rows = [len(batch["attention_mask"]) for batch in batches]
     tokens = [int(batch["attention_mask"].sum()) for batch in batches]
+    kept = [num_learnt(batch["labels"]) for batch in batches] if takes_labels(bank.model) else rows
     states = []
     for step in steps:
         device.seed(*step.seed)
@@ -43,10 +44,9 @@ def gradients(bank: Bank, wanted: Mapping[str, MicroStep]) -> dict[str, Answer]:
     bank.model.train()
     members = [name for name, count in zip(names, rows, strict=True) for _ in range(count)]
     # The backward pass too: there layers may be computed again.
-    with Streams(device.generator, states, (rows, tokens)).shared(), bank.rows(members):
+    with Streams(device.generator, states, (rows, tokens, kept)).shared(), bank.rows(members):
         with device.autocast(), device.saving():
             logits = forward(bank.model, _stacked(batches), blocks=rows)
-            kept = [num_learnt(batch["labels"]) for batch in batches] if takes_labels(bank.model) else rows
             losses = [step.loss(own) for step, own in zip(steps, logits.split_with_sizes(kept), strict=True)]
         # Not the other way round: a mean over all would weigh one's rows by the number of others.
         torch.stack([step.scaled(loss) for step, loss in zip(steps, losses, strict=True)]).sum().backward()  # type: ignore[no-untyped-call]
