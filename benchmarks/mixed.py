@@ -2,6 +2,8 @@
 
 RUN is a training of ours; "make" writes NUMBER adapters like its own to FOLDER, every other kind is a side that answers
 the run's validation rows, 32 at a time, with the adapters there. Only the model is timed: rows are padded before.
+"ours" is two sides, the bank and the base alone in the same code, which take turns batch by batch: in processes of
+their own, minutes apart, they would differ by more than what is to be seen.
 """
 
 from __future__ import annotations
@@ -124,20 +126,33 @@ def peft_groups(work: Work) -> Answer:
     return answer
 
 
-def measure(answer: Answer, batches: list[tuple[Rows, list[str]]]) -> dict[str, float]:
-    """The pace of the middle one of some passes, and the mean of the first logit, the same for all but the base."""
+def measure(sides: dict[str, Answer], batches: list[tuple[Rows, list[str]]]) -> dict[str, dict[str, float]]:
+    """Of each side the pace of the middle one of some passes, and the mean of the first logit, the same for all but the
+    base.
+    """
     with torch.inference_mode():
-        first = torch.cat([answer(rows, names)[:, 0] for rows, names in batches])
-        times = []
-        for _ in range(PASSES):
-            started = time.perf_counter()
+        firsts = {
+            name: torch.cat([answer(rows, names)[:, 0] for rows, names in batches]) for name, answer in sides.items()
+        }
+        times: dict[str, list[float]] = {name: [0.0] * PASSES for name in sides}
+        for number in range(PASSES):
             for rows, names in batches:
-                answer(rows, names)
-            times.append(time.perf_counter() - started)
-    return {"eval_rows_per_s": len(first) / median(times), "score": float(first.mean())}
+                for name, answer in sides.items():
+                    started = time.perf_counter()
+                    answer(rows, names)
+                    times[name][number] += time.perf_counter() - started
+    return {
+        name: {"eval_rows_per_s": len(first) / median(times[name]), "score": float(first.mean())}
+        for name, first in firsts.items()
+    }
 
 
-SIDES = {side.__name__.replace("_", "-"): side for side in (ours, base, peft_mixed, peft_groups)}
+SIDES = {
+    "ours": {"ours": ours, "base": base},
+    "peft-mixed": {"peft-mixed": peft_mixed},
+    "peft-groups": {"peft-groups": peft_groups},
+}
+"""Kind → what takes turns in one process."""
 
 
 def main() -> None:
@@ -146,7 +161,8 @@ def main() -> None:
     work = Work(Run.read(Path(run)), Path(folder), [f"adapter-{place}" for place in range(int(number))])
     if kind == "make":
         return make(work)
-    write_json(Path(notes), measure(SIDES[kind](work), list(work.batches())))
+    sides = {name: side(work) for name, side in SIDES[kind].items()}
+    write_json(Path(notes), measure(sides, list(work.batches())))
     return None
 
 
