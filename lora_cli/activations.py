@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 __all__ = ["join_operations"]
 
 _TANH_GELU = ("NewGELUActivation", "FastGELUActivation")
-"""transformers' names for GELU by tanh (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2): GPT-2's, T5's."""
+"""transformers' names for GELU by tanh (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2): GPT-2's, T5 1.1's."""
 
 
 def join_operations(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ a batch of matrices that needs no further copy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lora_cli.dropout import mask, of_block
 
-__all__ = ["Group", "Layout", "Places", "Taken", "attention"]
+__all__ = ["Group", "Layout", "Places", "attention"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Layout:
     """How the rows of all groups are matrices of `heads` heads, `shared` of which have one key and value.
 
     `blocked` is, of each group, true where a query may not see a key (broadcasts to (rows, heads, width, width)), or
-    None where each may see all of its row. With `only_first` a row's first token is its one query.
+    None where each may see all of its row.
     """
 
     def __init__(
@@ -62,44 +63,52 @@ class Layout:
         heads: int,
         shared: int,
         device: torch.device,
-        *,
-        only_first: bool = False,
     ) -> None:
-        self.groups, self.heads = groups, heads
+        self.groups, self.heads, self._device = groups, heads, device
         self.width = max(group.width for group in groups)
-        firsts = [each if each is None or not only_first else each[..., :1, :] for each in blocked]
-        self.blocked = [None if each is None else each.to(device) for each in firsts]
-        self.keys = self.queries = Places(groups, heads, shared, device)
-        if shared > 1 or only_first:
-            self.queries = Places(groups, heads, 1, device, only_first=only_first)
+        self.blocked = [None if each is None else each.to(device) for each in blocked]
+        self.queries = Places(groups, heads, device)
+        self.keys = self.queries.of_keys(shared)
+
+    def of_firsts(self) -> Layout:
+        """The same where a row's first token is its one query."""
+        firsts = copy(self)
+        firsts.blocked = [None if each is None else each[..., :1, :] for each in self.blocked]
+        firsts.queries = Places(self.groups, self.heads, self._device, only_first=True)
+        return firsts
 
 
 class Places:
-    """Where the heads of T tokens stand in the matrices of all groups, P rows in all, and the other way round."""
+    """Where the heads of T tokens stand in the matrices of all groups, P rows in all, and the other way round. With
+    `only_first` those of each row's first token stand there, and no others.
+    """
 
-    def __init__(
-        self, groups: Sequence[Group], heads: int, shared: int, device: torch.device, *, only_first: bool = False
-    ) -> None:
-        self._heads, self._shared = heads, shared
+    def __init__(self, groups: Sequence[Group], heads: int, device: torch.device, *, only_first: bool = False) -> None:
+        self._heads, self._shared = heads, 1
         self._num_tokens = sum(int(group.lengths.sum()) for group in groups)
-        widths = [1 if only_first else group.width for group in groups]
-        tokens = [group.tokens[:, None, :width] for group, width in zip(groups, widths, strict=True)]
-        are_tokens = [
-            group.are_tokens[:, None, :width].expand(-1, heads, -1).flatten()
-            for group, width in zip(groups, widths, strict=True)
-        ]
+        width = 1 if only_first else None
+        tokens = [group.tokens[:, None, :width] for group in groups]
+        are_tokens = [group.are_tokens[:, None, :width].expand(-1, heads, -1).flatten() for group in groups]
         self._shapes = [(len(each) * heads, each.shape[2]) for each in tokens]
         self._sizes = [rows * width for rows, width in self._shapes]
-        head, is_token = torch.arange(heads)[:, None], torch.cat(are_tokens)
-        sources = torch.cat([(each * (heads // shared) + head // shared).flatten() for each in tokens])
-        own = torch.cat([(each * heads + head).flatten() for each in tokens])[is_token]
-        places = None if only_first else torch.empty_like(own)
-        if places is not None:
-            places[own] = is_token.nonzero()[:, 0]
+        sources = torch.cat([(each * heads + torch.arange(heads)[:, None]).flatten() for each in tokens])
+        is_token = torch.cat(are_tokens)
         self._sources = sources.to(device)
-        self._places = None if places is None else places.to(device)
-        """Of each head of a token its row; None: the tokens stand in the order of `_sources`, and not all of them."""
+        self._places: Tensor | None = None
+        """Of each head of a token its row; None: not all stand somewhere, and those that do as `_sources` says."""
+        if not only_first:
+            places = torch.empty(int(is_token.sum()), dtype=torch.int64)
+            places[sources[is_token]] = is_token.nonzero()[:, 0]
+            self._places = places.to(device)
         self._padding = (~is_token).nonzero()[:, 0].to(device)
+
+    def of_keys(self, shared: int) -> Places:
+        """The same for keys and values, each of which so many heads share."""
+        if shared == 1:
+            return self
+        keys = copy(self)
+        keys._shared, keys._sources = shared, self._sources // shared
+        return keys
 
     def lay(self, x: Tensor) -> Tensor:
         """(T, heads, d), or of the heads of keys, → (P, d)."""
@@ -158,24 +167,6 @@ class _Back(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return ctx.places.without_padding(ctx.places.looked_up(grads[0])), None
-
-
-class Taken(torch.autograd.Function):
-    """Tokens (1, P, d) at different positions of (1, T, d). Backward they are copied to their places; torch, which does
-    not know that no two are alike, would add each to what is there.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, positions: Tensor) -> Tensor:
-        ctx.save_for_backward(positions)
-        ctx.num_tokens = x.shape[1]
-        return x.index_select(1, positions)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (positions,), grad = ctx.saved_tensors, grads[0]
-        whole = grad.new_zeros(1, ctx.num_tokens, grad.shape[-1])
-        return whole.index_copy_(1, positions, grad), None
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, dropout: float) -> Tensor:

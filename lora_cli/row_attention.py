@@ -6,7 +6,7 @@ Attention runs on groups of rows of like length, each padded to its longest, so 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.dropout import of_block
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lora_cli.plain_attention import Group, Layout
 
-__all__ = ["DECODING", "ENCODING", "Rows", "attend", "lay", "means", "put_back", "taken"]
+__all__ = ["DECODING", "ENCODING", "Rows", "attend", "lay", "means"]
 
 ENCODING, DECODING = "lora_unpadded", "lora_unpadded_causal"
 """Names of `attend` in transformers' registry, and so in the config of a model that lays its rows end to end."""
@@ -46,12 +46,15 @@ class Rows:
         from lora_cli.plain_attention import Layout
 
         key = heads, shared, window, causal, self.only_first
-        if key not in self._layouts:
+        if key in self._layouts:
+            return self._layouts[key]
+        if self.only_first:
+            layout = replace(self, only_first=False).layout(heads, shared, window, causal=causal).of_firsts()
+        else:
             blocked = [_blocked(group, window, causal=causal) for group in self.groups]
-            self._layouts[key] = Layout(
-                self.groups, blocked, heads, shared, self.starts.device, only_first=self.only_first
-            )
-        return self._layouts[key]
+            layout = Layout(self.groups, blocked, heads, shared, self.starts.device)
+        self._layouts[key] = layout
+        return layout
 
 
 def lay(
@@ -114,19 +117,6 @@ def means(hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
     owner = torch.repeat_interleave(order, rows.lengths[order])
     sums = hidden.new_zeros(len(order), hidden.shape[1]).index_add(0, owner, hidden)
     return sums / rows.lengths[:, None]
-
-
-def taken(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """(1, T, d) → (1, P, d), the tokens at P different positions."""
-    from lora_cli.plain_attention import Taken
-
-    found: torch.Tensor = Taken.apply(x, positions)  # type: ignore[no-untyped-call]
-    return found
-
-
-def put_back(x: torch.Tensor, positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """(1, P, d) → (1, `num_tokens`, d): what `taken` took at its positions, zeros elsewhere."""
-    return x.new_zeros(1, num_tokens, x.shape[-1]).index_copy_(1, positions, x)
 
 
 def attend(

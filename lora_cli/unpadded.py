@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.row_attention import DECODING, ENCODING, Rows, attend, lay, means, put_back, taken
+from lora_cli.row_attention import DECODING, ENCODING, Rows, attend, lay, means
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +171,7 @@ class _Encoder:
 
     def narrow(self, module: Any, args: tuple[Any, ...]) -> Any:
         """(1, T, d) each → (1, N, d): the first tokens."""
-        return None if self._rows is None else tuple(taken(x, self._rows.starts) for x in args)
+        return None if self._rows is None else tuple(x.index_select(1, self._rows.starts) for x in args)
 
     def pick(self, module: Any, args: Any, output: Any) -> Any:
         """Hidden states (1, T, d) → (N, 1, d): what the head reads."""
@@ -250,9 +250,9 @@ class _LastLayer(_Armed):
         norm, projection = (layer.get_submodule(name) for name in (self._last.norm, self._last.projection))
         self._handles = [
             norm.register_forward_pre_hook(lambda *_: (whole,)),
-            projection.register_forward_pre_hook(lambda _, given: (taken(given[0], kept),)),
+            projection.register_forward_pre_hook(lambda _, given: (given[0].index_select(1, kept),)),
         ]
-        return (taken(whole, kept), *others), kwargs
+        return (whole.index_select(1, kept), *others), kwargs
 
     def end(self, layer: Any, args: Any, output: torch.Tensor) -> torch.Tensor | None:
         """Put them where they were, zeros elsewhere: (1, T, d)."""
@@ -261,7 +261,7 @@ class _LastLayer(_Armed):
         # The backward pass may compute what is inside of a layer again, without hooks on the layer itself.
         if not torch.is_grad_enabled():
             self._disarm()
-        return None if self._kept is None else put_back(output, self._kept, self._num_tokens)
+        return None if self._kept is None else _put_back(output, self._kept, self._num_tokens)
 
 
 class _FirstsAsk(_Armed):
@@ -279,14 +279,19 @@ class _FirstsAsk(_Armed):
             return None
         query, num_tokens = attention.get_submodule(self._query), args[0].shape[1]
         self._handles = [
-            query.register_forward_pre_hook(lambda _, given: (taken(given[0], rows.starts),)),
-            query.register_forward_hook(lambda _, given, output: put_back(output, rows.starts, num_tokens)),
+            query.register_forward_pre_hook(lambda _, given: (given[0].index_select(1, rows.starts),)),
+            query.register_forward_hook(lambda _, given, output: _put_back(output, rows.starts, num_tokens)),
         ]
         return args, {**kwargs, "rows": replace(rows, only_first=True)}
 
     def end(self, attention: Any, args: Any, output: Any) -> None:
         """Leave the query as it was."""
         self._disarm()
+
+
+def _put_back(x: torch.Tensor, positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """(1, P, d) → (1, `num_tokens`, d): at these positions, zeros elsewhere."""
+    return x.new_zeros(1, num_tokens, x.shape[-1]).index_copy_(1, positions, x)
 
 
 def _laid_end_to_end(kwargs: dict[str, Any], offset: int) -> dict[str, Any] | None:

@@ -48,6 +48,7 @@ def generate(
     model.eval()
     config = _config(model, decode, tokenizer)
     writes_on, pad, done = not model.config.is_encoder_decoder, int(tokenizer.pad_token_id), 0
+    # Not all others keep keys and values in transformers' ordinary cache.
     is_known = can_remove_padding(model.config.model_type, writes=True)
     batches = list(enumerate(by_length([query.num_tokens for query in queries], batch_size)))
     for (number, indices), counts in device.world.own(batches):

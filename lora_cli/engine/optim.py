@@ -36,7 +36,7 @@ def build_optimizer(groups: Iterable[dict[str, Any]], spec: TrainSpec) -> torch.
     Raises:
         ConfigError: bitsandbytes is not installed.
     """
-    prepared = [{**group, "params": [*group["params"]], "peak_lr": group["lr"]} for group in groups]
+    prepared = [{**group, "peak_lr": group["lr"]} for group in groups]
     settings: dict[str, Any] = {"lr": spec.lr, "betas": (spec.betas[0], spec.betas[1]), "eps": spec.eps}
     if spec.optimizer == "adamw":
         # On a CPU torch has it as one pass over memory only where it is asked for.
