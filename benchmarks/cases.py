@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 LORA = ("lora.r=8", "lora.alpha=16", "lora.dropout=0.1")
 TRAIN = ("device=cpu", "device.precision=fp32", "train.epochs=1", "train.batch_size=32")
 SST2 = ("task=sst2", "model=minilm")
-MRPC, SWEPT = ("task=mrpc", "model=minilm", "train.length_window=1"), (2, 4, 8, 16)
+MRPC, SWEPT = ("task=mrpc", "model=minilm", "train.length_window=1", "train.lr=1e-3"), (2, 4, 8, 16)
 RANDOM = "train.length_window=1"
 BASE_OFF = "model.dropout=0.0"
 OURS, OURS_BASE_OFF = "ours", "ours, base dropout off"

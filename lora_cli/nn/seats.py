@@ -8,9 +8,10 @@ Dimensions in names: N rows, T tokens, L whatever a tensor has in the dimension 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,40 +35,50 @@ class Seats:
     """The dimension of the rows."""
     owner: Tensor
     """Number of the adapter at each position (L,), -1: none."""
-    present: frozenset[int]
-    """All numbers among them."""
-    places: tuple[Tensor | None, ...]
-    """By number of an adapter, its positions; None: all of them."""
+    runs: tuple[tuple[int, int], ...]
+    """(adapter, how many positions): neighbours of one adapter, in their order."""
+    is_whole: bool = False
+    """Whether all of any tensor is the adapter's that is called 0."""
 
-    runs: tuple[tuple[int, int, int], ...]
-    """(adapter, first position, position behind the last): neighbours of one adapter, in their order."""
+    @cached_property
+    def sizes(self) -> Mapping[int, int]:
+        """Number of each adapter that sits here → how many positions it has."""
+        sizes: Counter[int] = Counter()
+        for number, size in self.runs:
+            sizes[number] += size
+        return sizes
+
+    @cached_property
+    def places(self) -> Mapping[int, Tensor]:
+        """Number of an adapter → its positions, in their order."""
+        numbers = sorted(self.sizes)
+        parts = torch.split(self.owner.argsort(stable=True), [self.sizes[number] for number in numbers])
+        return dict(zip(numbers, parts, strict=True))
 
     def has(self, number: int) -> bool:
         """Whether the adapter sits here at all."""
-        return number in self.present
+        return number in self.sizes
 
     def take(self, x: Tensor, number: int) -> Tensor:
         """The adapter's part of `x`."""
-        places = self.places[number]
-        return x if places is None else x.index_select(self.dimension, places)
+        return x if self.is_whole else x.index_select(self.dimension, self.places[number])
 
     def add(self, x: Tensor, number: int, update: Tensor) -> Tensor:
         """`x`, in place, with `update` added to the adapter's part."""
-        places = self.places[number]
-        return x.add_(update) if places is None else x.index_add_(self.dimension, places, update)
+        return x.add_(update) if self.is_whole else x.index_add_(self.dimension, self.places[number], update)
 
     def put(self, x: Tensor, parts: Mapping[int, Tensor]) -> Tensor:
         """`x` with these adapters' parts replaced. In the last dimension all become as wide as the widest: -inf."""
-        if None in self.places:
+        if self.is_whole:
             return parts.get(0, x)
         if not parts:
             return x
         widths = [part.shape[-1] for part in parts.values()]
         # Columns of the base's own output count where a row keeps it.
-        width = max(widths if self.present == parts.keys() else [*widths, x.shape[-1]])
+        width = max(widths if self.sizes.keys() == parts.keys() else [*widths, x.shape[-1]])
         x, *values = (_as_wide(each, width) for each in (x, *parts.values()))
-        places = [places for number in parts if (places := self.places[number]) is not None]
-        return x.index_copy(self.dimension, torch.cat(places), torch.cat(values, self.dimension))
+        places = torch.cat([self.places[number] for number in parts])
+        return x.index_copy(self.dimension, places, torch.cat(values, self.dimension))
 
     def outside(self, blocks_R: Tensor, num_dimensions: int) -> Tensor:
         """Where column R, of adapter `blocks_R[R]`, does not belong to the position: broadcasts to (…, R)."""
@@ -85,7 +96,7 @@ class Seating:
         self._numbers_N = torch.tensor(numbers)
         self.present = frozenset(numbers)
         """All numbers among them."""
-        self._num_adapters, self._device = num_adapters, device
+        self._device = device
         self._is_one = num_adapters == 1 and min(numbers) == 0
         self._owners: dict[int, Tensor] = {}
         """L → owner of each position."""
@@ -130,7 +141,7 @@ class Seating:
             AdapterError: the rows share it, so that they cannot have adapters of their own there.
         """
         if self._is_one:
-            return Seats(0, self._numbers_N, frozenset((0,)), (None,), ((0, 0, len(self._numbers_N)),))
+            return Seats(0, self._numbers_N, _runs(self._numbers_N), is_whole=True)
         dimension = 1 if self._is_laid and x.ndim > 1 and x.shape[0] == 1 else 0
         size = x.shape[dimension]
         if size not in self._owners:
@@ -141,9 +152,7 @@ class Seating:
         key = dimension, size
         if key not in self._found:
             owner = self._owners[size]
-            places = tuple((owner == number).nonzero()[:, 0].to(self._device) for number in range(self._num_adapters))
-            present = frozenset(owner.tolist())
-            self._found[key] = Seats(dimension, owner.to(self._device), present, places, tuple(_runs(owner)))
+            self._found[key] = Seats(dimension, owner.to(self._device), _runs(owner))
         return self._found[key]
 
     def _expect(self, owners: dict[int, Tensor], *, is_laid: bool) -> None:
@@ -163,12 +172,9 @@ class Seating:
         return {len(few): few, len(tokens_T): tokens_T}
 
 
-def _runs(owner: Tensor) -> Iterator[tuple[int, int, int]]:
-    start = 0
-    for number, neighbours in groupby(owner.tolist()):
-        stop = start + sum(1 for _ in neighbours)
-        yield number, start, stop
-        start = stop
+def _runs(owner: Tensor) -> tuple[tuple[int, int], ...]:
+    numbers, sizes = torch.unique_consecutive(owner, return_counts=True)
+    return tuple(zip(numbers.tolist(), sizes.tolist(), strict=True))
 
 
 def _as_wide(x: Tensor, width: int) -> Tensor:
