@@ -52,6 +52,7 @@ from lora_cli.nn import (
     start_from_inputs,
     trainable_state,
 )
+from lora_cli.prepacked import prepack
 from lora_cli.process import settle_down
 from lora_cli.spec import LOSS_DOWNWARDS, TEXT_METRICS, TrainRun
 from lora_cli.tasks import Encoded, EncodedTexts, Rows, Scorer, Task, TextScorer, TextTask
@@ -106,6 +107,7 @@ class Ground:
         )
         device.world.share_out(base.model, base.fresh, device.device, offload=spec.device.offload_base)
         settle = _at_home(spec, base, device)
+        prepack(base.model, limit_mib=device.prepack_mib, skip=base.fresh)
         data = {split: task.encode(found, base) for split, found in rows.items()}
         is_packed = (
             spec.train.packing is not False

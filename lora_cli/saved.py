@@ -11,6 +11,7 @@ from lora_cli.engine.device import Device, open_device
 from lora_cli.errors import AdapterError, ConfigError, DataError, RunError, printable
 from lora_cli.models import load_base
 from lora_cli.nn import load_adapter, read_adapter, truncate
+from lora_cli.prepacked import prepack
 from lora_cli.process import settle_down
 from lora_cli.runs.directory import RunDirectory
 from lora_cli.runs.registry import find_run, is_bare_adapter
@@ -56,7 +57,7 @@ class Saved:
 def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun, *, keep_padding: bool = False) -> Saved:
     """Load the run that `spec` names, with the task and base model that `spec` says (the run's own by default).
 
-    With `keep_padding` the model is as transformers made it, without hooks (see `unpadded`).
+    With `keep_padding` the model is as transformers made it, without hooks (see `unpadded`, `prepacked`).
 
     Raises:
         RunError: it has no finished adapter.
@@ -95,6 +96,8 @@ def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun, *, keep_padding: b
     # As the run did, so that its figures come out to the last digit.
     if facts.get("packing", True) and not keep_padding:
         remove_padding(base.model)
+    if not keep_padding:
+        prepack(base.model, limit_mib=device.prepack_mib, skip=base.fresh)
     saved_tokenizer = None if folder is None else folder.tokenizer
     tokenizer = load_tokenizer(saved_tokenizer) if saved_tokenizer and saved_tokenizer.is_dir() else base.tokenizer
     asked = spec.batch_size if isinstance(spec, EvalRun | InferRun) else None

@@ -39,6 +39,8 @@ class Device:
     """The processes that train together."""
     compiles: bool = False
     """Whether forward passes are to be compiled."""
+    prepack_mib: int = 0
+    """MiB for copies of weights, see `prepacked`."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -224,7 +226,10 @@ def open_device(spec: DeviceSpec) -> Device:
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     world = join(device, shard=asked.shard)
     compiles = asked.compile and lacks_compiler(name) is None
-    return Device(device, precision, reason, asked.offload_activations, world, compiles)
+    # Weights that are split come and go, and a compiler lays them out itself.
+    copies = name == "cpu" and precision == "fp32" and not (world.is_sharded or compiles)
+    prepack_mib = spec.prepack_mib if copies else 0
+    return Device(device, precision, reason, asked.offload_activations, world, compiles, prepack_mib)
 
 
 def lacks_compiler(name: str) -> str | None:

@@ -21,6 +21,7 @@ from lora_cli.errors import AdapterError, LoraError, UnknownName
 from lora_cli.models import BaseModel, load_base
 from lora_cli.nn import Bank
 from lora_cli.nn.targets import FULL
+from lora_cli.prepacked import prepack
 from lora_cli.serving.adapters import Entry, Shelf
 from lora_cli.tasks import Classification, Rows
 from lora_cli.tasks.encoding import Example
@@ -317,6 +318,7 @@ def _base_of(entry: Entry, device: Device) -> BaseModel:
     base.model.eval()
     if entry.packing:
         remove_padding(base.model)
+    prepack(base.model, limit_mib=device.prepack_mib, skip=base.fresh)
     return base
 
 

@@ -17,6 +17,7 @@ from lora_cli.engine.device import Device
 from lora_cli.engine.evaluate import forward
 from lora_cli.models import BaseModel, load_base
 from lora_cli.nn import Bank, load_adapter
+from lora_cli.prepacked import prepack
 from lora_cli.serving.adapters import Entry, Shelf
 from lora_cli.serving.pool import Pool
 from lora_cli.tasks import load_rows
@@ -84,6 +85,7 @@ def time_whole_models(runs: Sequence[Path], device: Device, *, rows: int = 8) ->
             base.model.eval()
             if entry.packing:
                 remove_padding(base.model)
+            prepack(base.model, limit_mib=device.prepack_mib, skip=base.fresh)
             loaded = 1000 * (time.perf_counter() - before)
             if turn:
                 found.append(loaded + _answer(base.model, _batch(entry, base, device, rows), device))

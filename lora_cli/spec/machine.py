@@ -22,11 +22,15 @@ class DeviceSpec:
     only), bf16 or fp16. Trained weights stay fp32."""
     threads: int | None = None
     """CPU threads; None: as torch finds best."""
+    prepack_mib: int = 1024
+    """MiB for copies of weights, laid out beforehand for products of few tokens, as in decoding; the first layers
+    first. 0: none. Only in fp32 on a CPU with AVX-512."""
 
     def __post_init__(self) -> None:
         one_of("device.name", self.name, DEVICES, "device")
         one_of("device.precision", self.precision, PRECISIONS, "precision")
         at_least("device.threads", self.threads, 1, optional=True)
+        at_least("device.prepack_mib", self.prepack_mib, 0)
         if self.precision in ("fp16", "tf32") and self.name in ("cpu", "mps"):
             raise ConfigError("device.precision", self.precision, f"not on device.name={self.name}; bf16 or fp32")
 
