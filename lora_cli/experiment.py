@@ -107,7 +107,6 @@ class Ground:
         )
         device.world.share_out(base.model, base.fresh, device.device, offload=spec.device.offload_base)
         settle = _at_home(spec, base, device)
-        prepack(base.model, limit_mib=device.prepack_mib, skip=base.fresh)
         data = {split: task.encode(found, base) for split, found in rows.items()}
         is_packed = (
             spec.train.packing is not False
@@ -176,6 +175,7 @@ class Experiment:
         _check_start(spec, ground, base)
         if start is not None:
             start.put(base.model, injection)
+        prepack(base.model, limit_mib=device.prepack_mib, skip=base.fresh)
         if spec.device.compile:
             _compile(base, device, task.spec.max_length)
         settle_down()
@@ -221,6 +221,7 @@ class Experiment:
         _check_start(spec, ground, base)
         for parameter, start in drawn_anew(shared, seed).items():
             base.model.get_parameter(parameter).data.copy_(start)
+        prepack(base.model, limit_mib=ground.device.prepack_mib, skip=base.fresh)
         return cls(
             spec=spec,
             task=ground.task,

@@ -9,7 +9,6 @@ weights.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator
 from functools import partial
 
@@ -17,19 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["prepack"]
+__all__ = ["is_available", "prepack"]
 
 _FEW = 64
 """Tokens up to which a product is by the copy."""
 _STEP = 8
 """Beyond so many tokens they are filled up to a multiple of it, lest each number be compiled."""
 
+_KEPT = "_prepacked"
+
 
 def prepack(model: nn.Module, *, limit_mib: int, skip: Collection[str] = ()) -> int:
     """Let linear layers of `model` take few tokens to a copy of the weight that is laid out beforehand; returns how
     many do.
 
-    Only where no gradients are wanted, and of fp32 weights on a CPU; layer by layer as long as the copies fit into
+    Only where no gradients are wanted, and of frozen fp32 weights on a CPU; layer by layer as long as copies fit into
     `limit_mib`, and not in the modules called in `skip`. A copy is made when it is first wanted, and anew once the
     weight was written to. Results are the same up to rounding.
     """
@@ -40,8 +41,7 @@ def prepack(model: nn.Module, *, limit_mib: int, skip: Collection[str] = ()) -> 
         left -= module.get_parameter("weight").nbytes
         if left < 0:
             break
-        module.prepacked = _Prepacked(is_transposed=_is_conv1d(module))  # type: ignore[assignment]
-        module.forward = partial(_forward, module)
+        module.forward = partial(_forward, module, _is_conv1d(module))
         found += 1
     return found
 
@@ -73,43 +73,32 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-class _Prepacked:
-    """The copy of one layer's weight."""
-
-    def __init__(self, *, is_transposed: bool) -> None:
-        self._is_transposed = is_transposed
-        self._source: Tensor | None = None
-        """The weight that it is of; held, so that no other comes to lie in its place."""
-        self._version = 0
-        self._laid_out = torch.empty(0)
-
-    def __deepcopy__(self, memo: object) -> _Prepacked:
-        # A copy of a model shares the weights; where it does not, it will notice.
-        return copy.copy(self)
-
-    def of(self, weight: Tensor) -> Tensor:
-        """The copy of the weight as it is now."""
-        source = self._source
-        if source is None or source.data_ptr() != weight.data_ptr() or self._version != weight._version:
-            self._source, self._version = weight.detach(), weight._version
-            self._laid_out = _laid_out(self._source.T if self._is_transposed else self._source)
-        return self._laid_out
-
-
-def _forward(module: nn.Module, x: Tensor) -> Tensor:
+def _forward(module: nn.Module, is_transposed: bool, x: Tensor) -> Tensor:
     """What the layer's own `forward` does."""
     weight, width = module._parameters["weight"], x.shape[-1]
     assert weight is not None
-    is_few = 0 < x.numel() <= _FEW * width
-    if not is_few or torch.is_grad_enabled() or x.dtype != torch.float32 or weight.is_inference():
+    # Optimizers that take one pass do not count what they write, so a weight that trains has no copy.
+    is_plain = weight.requires_grad or torch.is_grad_enabled() or x.dtype != torch.float32 or weight.is_inference()
+    if is_plain or not 0 < x.numel() <= _FEW * width:
         plain: Tensor = type(module).forward(module, x)
         return plain
-    prepacked: _Prepacked = module.__dict__["prepacked"]
     rows = x.reshape(-1, width)
     missing = -len(rows) % _STEP if len(rows) > _STEP else 0
     filled = functional.pad(rows, (0, 0, 0, missing)) if missing else rows
-    product = _product(filled, prepacked.of(weight), module._parameters["bias"])
+    product = _product(filled, _copy_of(weight, is_transposed=is_transposed), module._parameters["bias"])
     return product[: len(rows)].view(*x.shape[:-1], -1)
+
+
+def _copy_of(weight: Tensor, *, is_transposed: bool) -> Tensor:
+    """The weight as it is now, laid out. Kept with the weight, which copies of a model may share."""
+    source, version, laid_out = weight.__dict__.get(_KEPT, (None, 0, None))
+    # The source is held, so that no other tensor comes to lie in its place.
+    if source is None or source.data_ptr() != weight.data_ptr() or version != weight._version:
+        source = weight.detach()
+        laid_out = _laid_out(source.T if is_transposed else source)
+        weight.__dict__[_KEPT] = source, weight._version, laid_out
+    found: Tensor = laid_out
+    return found
 
 
 def _product(rows: Tensor, laid_out: Tensor, bias: Tensor | None) -> Tensor:

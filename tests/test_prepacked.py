@@ -98,12 +98,26 @@ def test_an_adapter_goes_into_the_base_and_out_again() -> None:
     assert torch.equal(model(x), before)
 
 
-def test_a_copy_of_the_model_shares_what_its_weight_does_and_no_more() -> None:
+def test_a_weight_that_trains_has_no_copy() -> None:
+    model, x = linear(), torch.randn(3, 12)
+    prepack(model, limit_mib=1)
+    layer = model[0]
+    layer.weight.requires_grad_(True)
+    optimizer = torch.optim.AdamW([layer.weight], lr=1.0, fused=True)
+    model(x)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    optimizer.step()
+    assert torch.equal(model(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_a_copy_of_the_model_shares_what_its_weight_does_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = linear(), torch.randn(3, 12)
     prepack(model, limit_mib=1)
     before = model(x)
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    monkeypatch.setattr(prepacked, "_laid_out", lambda matrix: pytest.fail("it is laid out already"))
     assert torch.equal(twin(x), before)
+    monkeypatch.undo()
     twin[0].weight = nn.Parameter(torch.randn(20, 12), requires_grad=False)
     torch.testing.assert_close(twin(x), nn.functional.linear(x, twin[0].weight, twin[0].bias))
     assert torch.equal(model(x), before)
@@ -115,7 +129,7 @@ def test_first_layers_come_first_as_far_as_the_limit_goes() -> None:
     assert prepack(model, limit_mib=1) == 4
     model = nn.Sequential(nn.Linear(256, 512), nn.Linear(512, 512), nn.Linear(512, 4))
     assert prepack(model, limit_mib=1) == 1
-    assert ["prepacked" in vars(layer) for layer in model] == [True, False, False]
+    assert ["forward" in vars(layer) for layer in model] == [True, False, False]
 
 
 @pytest.mark.parametrize(
