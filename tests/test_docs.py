@@ -85,10 +85,11 @@ def shortened(words: list[str]) -> list[str]:
 
 
 def needs_mirror(words: list[str]) -> bool:
-    """Whether the task is a data set of the hub."""
-    named = next((word[5:] for word in words if word.startswith("task=")), "support_intents")
-    file = ROOT / "conf" / "task" / f"{named}.yaml"
-    return file.exists() and "hub" in (yaml.safe_load(file.read_text()).get("data") or {})
+    """Whether a task is a data set of the hub."""
+    keys = dict(word.split("=", 1) for word in words if "=" in word)
+    named = keys["tasks"].strip("[]").split(",") if "tasks" in keys else [keys.get("task", "support_intents")]
+    files = [file for name in named if (file := ROOT / "conf" / "task" / f"{name}.yaml").exists()]
+    return any("hub" in (yaml.safe_load(file.read_text(encoding="utf-8")).get("data") or {}) for file in files)
 
 
 def run_lora(words: list[str], stdin: bytes | None, monkeypatch: pytest.MonkeyPatch) -> int:
