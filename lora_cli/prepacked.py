@@ -1,4 +1,4 @@
-"""Weights as a CPU's kernels read them, laid out once and not in every product of a few tokens. Knows torch only.
+"""Weights as a CPU's kernels read them, laid out once and not in every product of few tokens. Knows layers; no models.
 
 Decoding multiplies one token of each text by all weights, and laying out the weight costs as much as the product. With
 oneDNN (`mkldnn` in torch), two threads and AVX-512, products of MiniLM's and BERT's shapes take, of 8 to 32 tokens,
@@ -15,6 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from lora_cli.nn.layers import LoraConv1D
+from lora_cli.nn.targets import is_inside
 
 __all__ = ["is_available", "prepack"]
 
@@ -41,7 +44,7 @@ def prepack(model: nn.Module, *, limit_mib: int, skip: Collection[str] = ()) -> 
         left -= module.get_parameter("weight").nbytes
         if left < 0:
             break
-        module.forward = partial(_forward, module, _is_conv1d(module))
+        module.forward = partial(_forward, module, LoraConv1D.fits(module))
         found += 1
     return found
 
@@ -60,17 +63,11 @@ def is_available() -> bool:
 
 def _linear_layers(model: nn.Module, skip: Collection[str]) -> Iterator[nn.Module]:
     for name, module in model.named_modules():
-        if type(module) is not nn.Linear and not _is_conv1d(module):
+        if is_inside(name, skip) or not (type(module) is nn.Linear or LoraConv1D.fits(module)):
             continue
         weight = module.get_parameter("weight")
-        is_skipped = any(name == each or name.startswith(f"{each}.") for each in skip)
-        if not is_skipped and weight.dtype == torch.float32 and weight.device.type == "cpu":
+        if weight.dtype == torch.float32 and weight.device.type == "cpu":
             yield module
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' `Conv1D`, a Linear whose weight is (in, out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _forward(module: nn.Module, is_transposed: bool, x: Tensor) -> Tensor:

@@ -30,8 +30,6 @@ together, on 384 tokens 1.15; 32 adapters 1.1 on 32 tokens, 3.5 on 384.
 
 _Stack = tuple[Tensor, Tensor, Tensor]
 """All A, all s B, and the number of the adapter of each rank."""
-_State = list[tuple[int, int]]
-"""Of each parameter how often it was written to, and where it is."""
 
 
 @dataclass
@@ -44,7 +42,7 @@ class Part:
     rank: int | None
     """Of a layer that only adds s B A x to that output, the rows of A."""
     _pair: tuple[Tensor, Tensor] | None = None
-    _state: _State | None = None
+    _state: list[tuple[int, int]] | None = None
 
     @classmethod
     def of(cls, module: nn.Module, *, is_beside: bool) -> Part:
@@ -56,8 +54,9 @@ class Part:
         """A and s B of a layer that has a rank: kept until one is written to, unless gradients are wanted."""
         layer = self.module
         assert isinstance(layer, LoraLayer)
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters(recurse=False))
-        state = None if trains else _state(layer)
+        parameters = [p for p in layer._parameters.values() if p is not None]
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        state = None if trains else [(p._version, p.data_ptr()) for p in parameters]
         if self._pair is None or state is None or state != self._state:
             pair = layer.pair()
             assert pair is not None, "it would have no rank"
@@ -87,7 +86,6 @@ class Slot:
         self._replacing = {number for number, part in self._others.items() if not part.is_beside}
         self._rank = sum(part.rank or 0 for part in parts.values())
         self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
-        self._state: _State | None = None
         self._stack: _Stack | None = None
         self._turned: dict[torch.dtype, dict[int, tuple[Tensor, Tensor]]] = {}
         self.was_called = False
@@ -151,10 +149,6 @@ class Slot:
 
     def _refresh(self) -> None:
         """Have A and s B of each layer, as they are now."""
-        state = None if torch.is_grad_enabled() else [each for layer in self._layers.values() for each in _state(layer)]
-        if state is not None and state == self._state:
-            return
-        self._state = state
         pairs = {number: self._parts[number].pair() for number in self._layers}
         if any(pair is not self._pairs.get(number) for number, pair in pairs.items()):
             self._pairs, self._stack, self._turned = pairs, None, {}
@@ -181,7 +175,3 @@ class Slot:
                     y = part.compute(args, kwargs, output, partial(seats.take, number=number))
                 found[number] = y.to(output.dtype)
         return seats.put(output, found)
-
-
-def _state(layer: LoraLayer) -> _State:
-    return [(p._version, p.data_ptr()) for p in layer._parameters.values() if p is not None]
