@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lora_cli.errors import ConfigError
 from lora_cli.row_attention import lay
@@ -86,9 +87,11 @@ class FrozenCache:
         self._model.eval()
         for forward in forwards:
             hidden = self._below(forward)
+            keys, lengths = _texts(self._laid)
+            hidden = hidden[: sum(lengths)]
             if self.num_bytes + hidden.nbytes > self._limit:
                 break
-            kept, (keys, lengths) = self._store(hidden), _texts(self._laid)
+            kept = self._store(hidden)
             self._kept.update(zip(keys, torch.split(kept, lengths), strict=True))
             self.num_bytes += hidden.nbytes
 
@@ -142,7 +145,8 @@ class FrozenCache:
             whole[is_kept] = hidden
             whole[~is_kept] = self._below(partial(self._model.base_model, **_only(kwargs, ~is_kept, missing)))
             hidden = whole
-        self._given = hidden
+        # The rows make one block, which is filled up at its end.
+        self._given = functional.pad(hidden, (0, 0, 0, kwargs["rows"].num_tokens - len(hidden)))
 
     def _give(self, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """The input of the first layer that trains: what is kept, if anything."""
@@ -209,7 +213,7 @@ def _texts(laid: Arguments) -> tuple[list[bytes], list[int]]:
     """(what a text is known by, its tokens) of each, in the order in which they lie end to end."""
     rows = laid["rows"]
     lengths = rows.lengths[rows.starts.argsort()].tolist()
-    ids = torch.cat([laid[name] for name in _IDS if name in laid]).cpu()
+    ids = torch.cat([laid[name][:, : sum(lengths)] for name in _IDS if name in laid]).cpu()
     keys = [
         hashlib.blake2b(part.numpy().tobytes(), digest_size=16).digest() for part in torch.split(ids, lengths, dim=1)
     ]
@@ -218,7 +222,7 @@ def _texts(laid: Arguments) -> tuple[list[bytes], list[int]]:
 
 def _only(laid: Arguments, chosen: Tensor, lengths: list[int]) -> Arguments:
     """A base model's arguments for some texts of those laid end to end: their tokens, and how many each has."""
-    tokens = {name: laid[name][:, chosen] for name in (*_IDS, "position_ids") if name in laid}
+    tokens = {name: laid[name][:, : len(chosen)][:, chosen] for name in (*_IDS, "position_ids") if name in laid}
     # They lie in order of length already.
     rows, _ = lay(torch.tensor(lengths), chosen.device)
     return {name: value for name, value in laid.items() if name != "logits_to_keep"} | tokens | {"rows": rows}

@@ -34,12 +34,22 @@ class Rows:
     """Tokens of each row (N,), in the order of the batch."""
     starts: torch.Tensor
     """Position of each row's first token (N,), in the order of the batch."""
+    num_tokens: int
+    """T: the tokens of all rows, and what a block is filled up with at its end."""
     groups: Sequence[Group]
     kept: torch.Tensor | None = None
     """Positions of the tokens that are read past the last layer; None: all are."""
     only_first: bool = False
     """Whether in attention a row's first token alone asks."""
     _layouts: dict[tuple[object, ...], Layout] = field(default_factory=dict, repr=False, compare=False)
+
+    def owners(self) -> torch.Tensor:
+        """The number of each token's row (T,); of what is filled in, that of the row before."""
+        import torch
+
+        order = self.starts.argsort()
+        starts = self.starts[order]
+        return order.repeat_interleave(torch.diff(starts, append=starts.new_tensor([self.num_tokens])))
 
     def layout(self, heads: int, shared: int, window: int | None, *, causal: bool) -> Layout:
         """The groups as matrices of so many heads, `shared` of which have one key and value: for all layers alike."""
@@ -62,31 +72,47 @@ def lay(
     device: torch.device,
     blocks: Sequence[int] | None = None,
     owners: torch.Tensor | None = None,
+    *,
+    fills: bool = False,
 ) -> tuple[Rows, torch.Tensor]:
     """Where rows of these lengths lie, told on `device`, and the order (N,) in which they do.
 
     `blocks` are numbers of neighbouring rows that lie as they would alone, one block after the other. Rows of one of
-    the `owners` (N,) are neighbours: for a batch without blocks.
+    the `owners` (N,) are neighbours: for a batch without blocks. If it `fills`, each block ends with rows that nobody
+    asked for, of as many tokens as are missing to a number that `products` are quick with.
     """
     import torch
 
     from lora_cli.plain_attention import Group
 
     sizes = [len(lengths)] if blocks is None else list(blocks)
-    firsts = [sum(sizes[:number]) for number in range(len(sizes))]
-    parts = lengths.split_with_sizes(sizes)
-    by_length = torch.cat([first + part.argsort(stable=True) for first, part in zip(firsts, parts, strict=True)])
-    order = by_length if owners is None else owners.argsort(stable=True)
-    ends = lengths[order].cumsum(0)
-    starts = torch.empty_like(lengths)
-    starts[order] = ends - lengths[order]
+    parts = torch.arange(len(lengths)).split_with_sizes(sizes)
+    by_length = [part[lengths[part].argsort(stable=True)] for part in parts]
+    order = torch.cat(by_length) if owners is None else owners.argsort(stable=True)
+    added = [_fillers(lengths[part]) if fills else [] for part in parts]
+    extended = torch.cat([lengths, lengths.new_tensor([each for block in added for each in block])])
+    fillers = torch.arange(len(lengths), len(extended)).split_with_sizes(list(map(len, added)))
+    sequence = torch.cat([each for pair in zip(order.split_with_sizes(sizes), fillers, strict=True) for each in pair])
+    starts = torch.empty_like(extended)
+    starts[sequence] = extended[sequence].cumsum(0) - extended[sequence]
     per_group = _PER_GROUP.get(device.type, 50 * _PER_GROUP["cpu"])
-    groups = [
-        Group(block, starts[members], lengths[members])
-        for block, part in enumerate(by_length.split_with_sizes(sizes))
-        for members in part.split_with_sizes(_group_sizes(lengths[part].tolist(), per_group))
-    ]
-    return Rows(lengths.to(device), starts.to(device), groups), order
+    groups = []
+    for block, pair in enumerate(zip(by_length, fillers, strict=True)):
+        rows = torch.cat(pair)
+        rows = rows[extended[rows].argsort(stable=True)]
+        for members in rows.split_with_sizes(_group_sizes(extended[rows].tolist(), per_group)):
+            groups.append(Group(block, starts[members], extended[members]))
+    num_tokens = int(extended.sum())
+    return Rows(lengths.to(device), starts[: len(lengths)].to(device), num_tokens, groups), order
+
+
+def _fillers(lengths: torch.Tensor) -> list[int]:
+    """Lengths of rows that fill up a block of rows with these, none longer than the longest."""
+    from lora_cli.products import filled
+
+    num_tokens, longest = int(lengths.sum()), int(lengths.max())
+    whole, rest = divmod(filled(num_tokens) - num_tokens, longest)
+    return [longest] * whole + [rest] * bool(rest)
 
 
 def _group_sizes(lengths: Sequence[int], per_group: int) -> list[int]:
@@ -113,10 +139,11 @@ def means(hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
     """(T, d) → the mean of each row (N, d)."""
     import torch
 
-    order = rows.starts.argsort()
-    owner = torch.repeat_interleave(order, rows.lengths[order])
-    sums = hidden.new_zeros(len(order), hidden.shape[1]).index_add(0, owner, hidden)
-    return sums / rows.lengths[:, None]
+    owners = rows.owners()
+    is_filled_in = torch.arange(rows.num_tokens, device=owners.device) >= (rows.starts + rows.lengths)[owners]
+    owners = owners.masked_fill(is_filled_in, len(rows.starts))
+    sums = hidden.new_zeros(len(rows.starts) + 1, hidden.shape[1]).index_add(0, owners, hidden)
+    return sums[:-1] / rows.lengths[:, None]
 
 
 def attend(

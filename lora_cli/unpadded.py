@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
-__all__ = ["can_remove_padding", "first_position", "remove_padding", "removes_padding", "takes_labels"]
+__all__ = ["can_remove_padding", "first_position", "num_laid", "remove_padding", "removes_padding", "takes_labels"]
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class _Encoder:
 
     def lay_end_to_end(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Padded rows (N, longest) → one row (1, T)."""
-        self._rows, laid = None, None if args else _laid_end_to_end(kwargs, self._offset)
+        self._rows, laid = None, None if args else _laid_end_to_end(model, kwargs, self._offset)
         if laid is None:
             return None
         if not self._means:
@@ -197,7 +197,7 @@ class _Decoder:
         import torch
 
         self._rows, labels = None, kwargs.pop("labels", None)
-        laid = _laid_end_to_end(kwargs, 0) if labels is not None and not args else None
+        laid = _laid_end_to_end(model, kwargs, 0) if labels is not None and not args else None
         kwargs.pop("owners", None)
         if laid is None:
             return args, kwargs
@@ -294,7 +294,7 @@ def _put_back(x: torch.Tensor, positions: torch.Tensor, num_tokens: int) -> torc
     return x.new_zeros(1, num_tokens, x.shape[-1]).index_copy_(1, positions, x)
 
 
-def _laid_end_to_end(kwargs: dict[str, Any], offset: int) -> dict[str, Any] | None:
+def _laid_end_to_end(model: PreTrainedModel, kwargs: dict[str, Any], offset: int) -> dict[str, Any] | None:
     """The arguments of a model for padded rows → those for one row, positions counted from `offset`; None: they are not
     padded on the right.
     """
@@ -306,13 +306,34 @@ def _laid_end_to_end(kwargs: dict[str, Any], offset: int) -> dict[str, Any] | No
     if not _is_padded_right(mask):
         return None
     device = kwargs["input_ids"].device
-    rows, order = lay(mask.sum(1), device, blocks, owners)
+    rows, order = lay(mask.sum(1), device, blocks, owners, fills=_fills(model))
     chosen = mask[order]
-    positions = (chosen.cumsum(1) - 1 + offset)[chosen]
+    places = (chosen.cumsum(1) - 1)[chosen]
+    positions = places.to(device) + offset
     flat: dict[str, Any] = {
-        name: kwargs[name][order][chosen][None] for name in ("input_ids", "token_type_ids") if name in kwargs
+        name: kwargs[name][order][chosen] for name in ("input_ids", "token_type_ids") if name in kwargs
     }
-    return {**kwargs, **flat, "position_ids": positions[None].to(device), "attention_mask": None, "rows": rows}
+    if rows.num_tokens > len(places):
+        spots = rows.starts[order].repeat_interleave(rows.lengths[order]) + places
+        flat = {name: tokens.new_zeros(rows.num_tokens).index_copy_(0, spots, tokens) for name, tokens in flat.items()}
+        positions = positions.new_full((rows.num_tokens,), offset).index_copy_(0, spots, positions)
+    laid = {name: tokens[None] for name, tokens in flat.items()}
+    return {**kwargs, **laid, "position_ids": positions[None], "attention_mask": None, "rows": rows}
+
+
+def num_laid(model: PreTrainedModel, num_tokens: int) -> int:
+    """How many tokens a block of so many becomes in a `model` without padding."""
+    from lora_cli.products import filled
+
+    return filled(num_tokens) if _fills(model) else num_tokens
+
+
+def _fills(model: PreTrainedModel) -> bool:
+    """Whether its products are quick with some numbers of tokens."""
+    import torch
+
+    where, dtype = model.device, model.dtype
+    return bool(where.type == "cpu" and dtype == torch.float32)
 
 
 def first_position(table: object) -> int:

@@ -19,7 +19,7 @@ LAYERS = (
     ("spec",),
     (
         *("activations", "chart", "disk", "dot_plot", "dropout", "families", "gpus", "growing_cache"),
-        *("hub", "lean_imports", "machine", "page", "process"),
+        *("hub", "lean_imports", "machine", "page", "process", "products"),
         *("traced", "xy_plot"),
     ),
     ("plain_attention",),
@@ -60,6 +60,7 @@ TORCH_AT_IMPORT = (
         "onnx_file",
         "plain_attention",
         "prepacked",
+        "products",
         "recording",
         "sampled_steps",
         "saved",

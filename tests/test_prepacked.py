@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli import prepacked
 from lora_cli.nn.layers import LoraLinear
-from lora_cli.prepacked import is_available, prepack
+from lora_cli.prepacked import prepack
+from lora_cli.products import is_available
 from nn.models import tiny_lm
 
 
@@ -52,8 +53,8 @@ def test_the_same_comes_out_up_to_rounding(inputs: int, outputs: int, rows: int,
 
 def test_few_tokens_meet_the_copy_and_many_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    product = prepacked._product
-    monkeypatch.setattr(prepacked, "_product", lambda x, *rest: seen.append(len(x)) or product(x, *rest))
+    product = prepacked.product
+    monkeypatch.setattr(prepacked, "product", lambda x, *rest: seen.append(len(x)) or product(x, *rest))
     model = linear()
     prepack(model, limit_mib=1)
     seen.clear()
@@ -63,7 +64,34 @@ def test_few_tokens_meet_the_copy_and_many_do_not(monkeypatch: pytest.MonkeyPatc
     assert seen == [1, 7, 8, 16, 32, 40, 64]
 
 
-def test_where_gradients_are_wanted_nothing_changes() -> None:
+def test_many_tokens_take_the_weight_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    quick = prepacked.quick_linear
+    monkeypatch.setattr(prepacked, "quick_linear", lambda x, *rest: seen.append(len(x)) or quick(x, *rest))
+    monkeypatch.setattr(prepacked, "laid_out", lambda matrix: pytest.fail("no copy is wanted"))
+    model = linear()
+    prepack(model, limit_mib=1)
+    for rows in (65, 72, 96, 97, 512):
+        x = torch.randn(rows, 12, requires_grad=True)
+        torch.testing.assert_close(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))
+        with torch.enable_grad():
+            found, wanted = model(x), nn.functional.linear(x, model[0].weight, model[0].bias)
+            gradients = [torch.autograd.grad(each.square().sum(), x)[0] for each in (found, wanted)]
+        torch.testing.assert_close(*gradients)
+    assert seen == [72, 72, 96, 96, 512, 512]
+
+
+@pytest.mark.parametrize("trains", ["weight", "bias"])
+def test_what_trains_gets_its_gradient(trains: str) -> None:
+    model, x = linear(), torch.randn(96, 12)
+    prepack(model, limit_mib=1)
+    parameter = model[0].get_parameter(trains).requires_grad_(True)
+    with torch.enable_grad():
+        model(x).square().sum().backward()
+    assert parameter.grad is not None
+
+
+def test_where_gradients_are_wanted_few_tokens_meet_no_copy() -> None:
     model, x = linear(), torch.randn(3, 12, requires_grad=True)
     with torch.enable_grad():
         wanted = model(x)
@@ -115,7 +143,7 @@ def test_a_copy_of_the_model_shares_what_its_weight_does_and_no_more(monkeypatch
     prepack(model, limit_mib=1)
     before = model(x)
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    monkeypatch.setattr(prepacked, "_laid_out", lambda matrix: pytest.fail("it is laid out already"))
+    monkeypatch.setattr(prepacked, "laid_out", lambda matrix: pytest.fail("it is laid out already"))
     assert torch.equal(twin(x), before)
     monkeypatch.undo()
     twin[0].weight = nn.Parameter(torch.randn(20, 12), requires_grad=False)
@@ -129,7 +157,8 @@ def test_first_layers_come_first_as_far_as_the_limit_goes() -> None:
     assert prepack(model, limit_mib=1) == 4
     model = nn.Sequential(nn.Linear(256, 512), nn.Linear(512, 512), nn.Linear(512, 4))
     assert prepack(model, limit_mib=1) == 1
-    assert ["forward" in vars(layer) for layer in model] == [True, False, False]
+    model.requires_grad_(False)(torch.randn(3, 256))
+    assert ["_prepacked" in vars(layer.weight) for layer in model] == [True, False, False]
 
 
 @pytest.mark.parametrize(

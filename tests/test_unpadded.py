@@ -13,18 +13,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from lora_cli import products
 from lora_cli.models import fresh_head
 from lora_cli.nn import inject
 from lora_cli.reader import random_config
 from lora_cli.row_attention import lay
 from lora_cli.spec import LoraSpec, ModelSpec
 from lora_cli.tasks.sequences import IGNORED, learnt
-from lora_cli.unpadded import remove_padding, takes_labels
+from lora_cli.unpadded import num_laid, remove_padding, takes_labels
 from nn.models import tiny_lm
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
 FAMILIES = ("tiny-bert", "tiny-roberta", "tiny-electra", "tiny-distilbert", "tiny-albert", "tiny-modernbert")
 LENGTHS = [7, 3, 90, 7, 12, 70, 41]
+
+
+@pytest.fixture(params=[1, 16], ids=["as many", "filled up"])
+def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Tokens are filled up to a multiple of it."""
+    number: int = request.param
+    monkeypatch.setattr(products, "filled", lambda tokens: -(-tokens // number) * number)
+    return number
 
 
 def build(name: str, **changes: object) -> torch.nn.Module:
@@ -68,6 +77,7 @@ def check_equal(model: torch.nn.Module, inputs: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * max(1.0, float(wanted.abs().max())))
 
 
+@pytest.mark.usefixtures("step")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_and_gradients_are_those_of_the_padded_batch(name: str) -> None:
     model = build(name)
@@ -75,6 +85,7 @@ def test_logits_and_gradients_are_those_of_the_padded_batch(name: str) -> None:
     check_equal(model, batch(LENGTHS, model.config.pad_token_id, types=types))
 
 
+@pytest.mark.usefixtures("step")
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_modernbert_keeps_its_window_and_either_pooling(pooling: str) -> None:
     model = build("tiny-modernbert", classifier_pooling=pooling, local_attention=16)
@@ -115,6 +126,23 @@ def test_rows_of_one_owner_lie_beside_each_other() -> None:
     assert rows.starts.tolist() == [4, 0, 9, 2, 18]
 
 
+def test_what_is_filled_in_lies_at_the_end_of_a_block_and_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "filled", lambda tokens: -(-tokens // 8) * 8)
+    lengths = torch.tensor([5, 2, 9, 2, 6])
+    rows, order = lay(lengths, lengths.device, [2, 1, 2], fills=True)
+    assert order.tolist() == [1, 0, 2, 3, 4]
+    assert rows.starts.tolist() == [2, 0, 8, 24, 26]
+    assert rows.num_tokens == 32
+    assert rows.owners().tolist() == [1] * 2 + [0] * 6 + [2] * 16 + [3] * 2 + [4] * 6
+    # What fills up a block is no longer than its rows.
+    assert [sorted(x for g in rows.groups if g.block == b for x in g.lengths.tolist()) for b in range(3)] == [
+        [1, 2, 5],
+        [7, 9],
+        [2, 6],
+    ]
+    assert [group.block for group in rows.groups] == sorted(group.block for group in rows.groups)
+
+
 def tokens_of_linears(model: torch.nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
     """How many tokens each linear layer computes."""
     found: dict[str, int] = {}
@@ -136,7 +164,7 @@ def tokens_of_linears(model: torch.nn.Module, inputs: dict[str, Tensor]) -> dict
     ],
 )
 def test_only_real_tokens_are_computed_and_of_the_last_layer_what_is_read(
-    name: str, all_of_the_last: tuple[str, ...]
+    name: str, all_of_the_last: tuple[str, ...], step: int
 ) -> None:
     model = build(name)
     assert remove_padding(model)
@@ -147,9 +175,11 @@ def test_only_real_tokens_are_computed_and_of_the_last_layer_what_is_read(
         place: tokens for place, tokens in tokens_of_linears(model, batch(LENGTHS, 0)).items() if ".layer" in place
     }
     assert len(found) > 4
+    num_tokens = -(-sum(LENGTHS) // step) * step
+    assert num_laid(model, sum(LENGTHS)) == num_tokens
     for place, tokens in found.items():
         is_narrow = last in place and not any(part in place for part in all_of_the_last)
-        assert tokens == (len(LENGTHS) if is_narrow else sum(LENGTHS)), place
+        assert tokens == (len(LENGTHS) if is_narrow else num_tokens), place
 
 
 def test_with_dropout_the_loss_is_the_same_on_average() -> None:

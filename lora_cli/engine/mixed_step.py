@@ -16,7 +16,7 @@ from lora_cli.dropout import Streams
 from lora_cli.engine.evaluate import forward
 from lora_cli.engine.micro_step import Answer, MicroStep
 from lora_cli.nn import Bank
-from lora_cli.unpadded import takes_labels
+from lora_cli.unpadded import num_laid, takes_labels
 
 __all__ = ["gradients", "num_learnt"]
 
@@ -35,7 +35,7 @@ def gradients(bank: Bank, wanted: Mapping[str, MicroStep]) -> dict[str, Answer]:
     steps = [wanted[name] for name in names]
     batches, device = [step.batch for step in steps], steps[0].device
     rows = [len(batch["attention_mask"]) for batch in batches]
-    tokens = [int(batch["attention_mask"].sum()) for batch in batches]
+    tokens = [num_laid(bank.model, int(batch["attention_mask"].sum())) for batch in batches]
     kept = [num_learnt(batch["labels"]) for batch in batches] if takes_labels(bank.model) else rows
     states = []
     for step in steps:

@@ -162,11 +162,10 @@ class Seating:
     def _laid_owners(self, laid: Any, kept: Tensor | None) -> dict[int, Tensor]:
         """Of rows laid end to end: of all their tokens, and of the tokens that a decoder computes logits of or, in an
         encoder past its last attention, of each row's first one."""
-        lengths, starts = laid.lengths.cpu(), laid.starts.cpu()
-        if len(lengths) != len(self._numbers_N):
-            raise AdapterError(f"a batch of {len(lengths)} rows, and adapters for {len(self._numbers_N)}")
-        order = starts.argsort()
-        tokens_T = self._numbers_N[order].repeat_interleave(lengths[order])
+        num_rows = len(laid.lengths)
+        if num_rows != len(self._numbers_N):
+            raise AdapterError(f"a batch of {num_rows} rows, and adapters for {len(self._numbers_N)}")
+        tokens_T = self._numbers_N[laid.owners().cpu()]
         few = self._numbers_N if kept is None else tokens_T[kept.cpu()]
         # If both are of one size, each row has one token, and the rows stand in the batch's order.
         return {len(few): few, len(tokens_T): tokens_T}

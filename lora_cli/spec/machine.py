@@ -24,7 +24,7 @@ class DeviceSpec:
     """CPU threads; None: as torch finds best."""
     prepack_mib: int = 1024
     """MiB for copies of weights, laid out beforehand for products of few tokens, as in decoding; the first layers
-    first. 0: none. Only in fp32 on a CPU with AVX-512."""
+    first. 0: none, and products are by MKL alone. Only in fp32 on a CPU with AVX-512."""
 
     def __post_init__(self) -> None:
         one_of("device.name", self.name, DEVICES, "device")
