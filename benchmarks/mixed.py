@@ -62,11 +62,14 @@ def make(work: Work) -> None:
 
 def _base(work: Work) -> Any:
     from lora_cli.models import load_base
+    from lora_cli.prepacked import prepack
+    from lora_cli.spec import DeviceSpec
     from lora_cli.unpadded import remove_padding
 
     labels = work.run.facts["labels"]
     base = load_base(work.run.model, num_outputs=len(labels), labels=labels, problem="classification", seed=0)
     assert remove_padding(base.model)
+    prepack(base.model.requires_grad_(False), limit_mib=DeviceSpec().prepack_mib, skip=base.fresh)
     return base
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+import functools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
 __all__ = ["growing_cache"]
 
@@ -15,18 +16,41 @@ _ROOM = 64
 """Tokens for which memory is taken beforehand."""
 
 
-def growing_cache(config: Any) -> DynamicCache:
+def growing_cache(config: Any = None) -> DynamicCache:
     """transformers' cache for a decoder of this config, which copies all that it holds not with each token but with
-    each sixty-fourth. Layers that forget, as those with a sliding window do, are left as they are.
+    each sixty-fourth. Layers that forget, as those with a sliding window do, are left as they are; without a config
+    none forgets.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
     cache = DynamicCache(config=config)
-    for layer in cache.layers:
-        if type(layer) is DynamicLayer:
-            layer.update = partial(_update, layer, _Room(), _Room())
+    cache.layers = [_layer_class()() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if config is None:
+        cache.layer_class_to_replicate = _layer_class()
     return cache
+
+
+@functools.cache
+def _layer_class() -> type[DynamicLayer]:
+    from transformers.cache_utils import DynamicLayer
+
+    class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+        keys: Tensor
+        values: Tensor
+
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self._rooms = _Room(), _Room()
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            keys, values = self._rooms
+            self.keys, self.values = keys.joined(self.keys, key_states), values.joined(self.values, value_states)
+            return self.keys, self.values
+
+    return GrowingLayer
 
 
 class _Room:
@@ -52,12 +76,3 @@ def _begins(whole: Tensor, kept: Tensor) -> bool:
     """Whether `kept` is the first tokens of `whole`, and in its memory."""
     is_same = kept.data_ptr() == whole.data_ptr() and kept.stride() == whole.stride()
     return is_same and kept.shape[:-2] == whole.shape[:-2]
-
-
-def _update(
-    layer: Any, keys: _Room, values: _Room, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    if not layer.is_initialized:
-        layer.lazy_initialization(key_states, value_states)
-    layer.keys, layer.values = keys.joined(layer.keys, key_states), values.joined(layer.values, value_states)
-    return layer.keys, layer.values

@@ -58,5 +58,15 @@ def test_layers_with_a_window_stay_as_they_are() -> None:
     config = tiny_lm("gemma3_text", sliding_window=5).config
     kinds = [type(layer).__name__ for layer in DynamicCache(config=config).layers]
     assert "DynamicSlidingWindowLayer" in kinds
-    changed = ["update" in vars(layer) for layer in growing_cache(config).layers]
-    assert changed == [kind == "DynamicLayer" for kind in kinds]
+    found = [type(layer).__name__ for layer in growing_cache(config).layers]
+    assert found == [kind.replace("DynamicLayer", "GrowingLayer") for kind in kinds]
+
+
+def test_without_a_config_every_layer_grows() -> None:
+    cache = growing_cache()
+    for layer in (0, 1, 0):
+        cache.update(*torch.ones(2, 1, 2, 3, 4), layer)
+    assert [(type(layer).__name__, layer.get_seq_length()) for layer in cache.layers] == [
+        ("GrowingLayer", 6),
+        ("GrowingLayer", 3),
+    ]

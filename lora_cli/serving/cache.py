@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lora_cli.growing_cache import growing_cache
+
 __all__ = ["Rows", "prefill"]
 
 
@@ -59,9 +61,7 @@ class Rows:
 
 def prefill(model: Any, batch: Mapping[str, Tensor]) -> tuple[Rows, Tensor]:
     """The rows of prompts, padded on the left, and the logits (N, V) of what follows each."""
-    from transformers import DynamicCache
-
-    mask_NT, cache = batch["attention_mask"], DynamicCache()
+    mask_NT, cache = batch["attention_mask"], growing_cache()
     # Padding has positions too, which nobody looks at.
     positions_NT = (mask_NT.cumsum(1) - 1).clamp(min=0)
     return Rows(cache, mask_NT), _forward(model, batch["input_ids"], mask_NT, positions_NT, cache)
