@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,14 +41,29 @@ def measure(words: Sequence[str], scratch: Path, threads: int) -> tuple[float, f
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-        # wait4 tells the memory of this child alone; getrusage would give the largest of all so far.
-        _, status, usage = os.wait4(process.pid, 0)
+        with _ending(process):
+            # wait4 tells the memory of this child alone; getrusage would give the largest of all so far.
+            _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     wall_s = time.monotonic() - started
     if process.returncode:
         end = log.read_text(encoding="utf-8", errors="replace")[-2000:]
         raise SystemExit(f"{end}\nexit code {process.returncode}: python {' '.join(words)}")
     return wall_s, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**20
+
+
+@contextmanager
+def _ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Within it, who is interrupted or told to end takes `process` along, and leaves nothing that is busy behind."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def surroundings() -> dict[str, Any]:

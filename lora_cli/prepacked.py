@@ -1,5 +1,4 @@
-"""Layers with frozen weights whose products are by oneDNN where that is quicker (see `products`). Knows layers; no
-models.
+"""Linear layers whose products are by oneDNN where that is quicker (see `products`). Knows layers; no models.
 
 Decoding multiplies one token of each text by all weights, and laying out the weight as kernels read it costs as much as
 the product. So a copy is laid out once, and products of MiniLM's and BERT's shapes, of 8 to 32 tokens, take 0.35 to 0.7
@@ -30,12 +29,12 @@ _KEPT = "_prepacked"
 
 
 def prepack(model: nn.Module, *, limit_mib: int, skip: Collection[str] = ()) -> int:
-    """Let frozen linear layers of `model` compute by oneDNN; returns how many have a copy of their weight for that.
+    """Let linear layers of `model` compute by oneDNN; returns how many may have a copy of their weight for that.
 
-    Only fp32 weights on a CPU, and not in the modules called in `skip`. Many tokens go that way where they are a number
-    that products are compiled for, with gradients too. Few do without gradients, by a copy, layer by layer as long as
-    copies fit into `limit_mib`; 0: nothing goes that way. A copy is made when it is first wanted, and anew once the
-    weight was written to. Results are the same up to rounding.
+    Only in fp32 on a CPU, and not in the modules called in `skip`. Many tokens go that way where they are a number that
+    products are compiled for, with gradients too. Few do without gradients, by a copy of a frozen weight, layer by
+    layer as long as copies fit into `limit_mib`; 0: nothing goes that way. A copy is made when it is first wanted, and
+    anew once the weight was written to. Results are the same up to rounding.
     """
     if not limit_mib or not is_available():
         return 0
@@ -60,11 +59,11 @@ def _forward(module: nn.Module, is_transposed: bool, has_copy: bool, x: Tensor) 
     """What the layer's own `forward` does."""
     weight, bias, width = module._parameters["weight"], module._parameters["bias"], x.shape[-1]
     assert weight is not None
-    is_frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
     num_tokens = x.numel() // width
-    if is_frozen and x.dtype == torch.float32:
-        # Optimizers that take one pass do not count what they write: a copy is for what is frozen for good.
-        if has_copy and 0 < num_tokens <= _FEW and not (torch.is_grad_enabled() or weight.is_inference()):
+    if x.dtype == torch.float32:
+        # Optimizers that take one pass do not count what they write: a copy is for what is frozen.
+        has_copy = has_copy and not (torch.is_grad_enabled() or weight.requires_grad or weight.is_inference())
+        if has_copy and 0 < num_tokens <= _FEW:
             return _by_copy(x.reshape(-1, width), weight, bias, is_transposed=is_transposed).view(*x.shape[:-1], -1)
         if is_whole(num_tokens):
             return quick_linear(x, weight.T if is_transposed else weight, bias)

@@ -48,21 +48,26 @@ def test_without_kernels_nothing_is_filled_up(monkeypatch: pytest.MonkeyPatch) -
     outputs=st.integers(1, 70),
     has_bias=st.booleans(),
     is_transposed=st.booleans(),
+    trains=st.sets(st.sampled_from(["x", "matrix", "bias"]), min_size=1),
 )
-def test_it_is_linear_with_its_gradient(
-    shape: list[int], inputs: int, outputs: int, has_bias: bool, is_transposed: bool
+def test_it_is_linear_with_its_gradients(
+    shape: list[int], inputs: int, outputs: int, has_bias: bool, is_transposed: bool, trains: set[str]
 ) -> None:
     torch.manual_seed(0)
-    matrix = torch.randn(inputs, outputs).T if is_transposed else torch.randn(outputs, inputs)
-    bias = torch.randn(outputs) if has_bias else None
-    x, weights = torch.randn(*shape, inputs, requires_grad=True), torch.randn(*shape, outputs)
-    wanted = functional.linear(x, matrix, bias)
-    found = quick_linear(x, matrix, bias)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    for made in (wanted, found):
-        made.mul_(weights)  # As an adapter's update, it is written into.
-    gradients = [torch.autograd.grad(made.sum(), x)[0] for made in (wanted, found)]
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
+    tensors = {
+        "x": torch.randn(*shape, inputs),
+        "matrix": torch.randn(inputs, outputs).T if is_transposed else torch.randn(outputs, inputs),
+        **({"bias": torch.randn(outputs)} if has_bias else {}),
+    }
+    wanted = [tensor.requires_grad_() for name, tensor in tensors.items() if name in trains]
+    arguments = tensors["x"], tensors["matrix"], tensors.get("bias")
+    made = [functional.linear(*arguments), quick_linear(*arguments)]
+    torch.testing.assert_close(made[1], made[0], rtol=1e-5, atol=1e-5)
+    if wanted:
+        weights = torch.randn(*shape, outputs)
+        # As by an adapter's update, the output is written into.
+        gradients = [torch.autograd.grad(each.mul_(weights).sum(), wanted) for each in made]
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-4)
 
 
 @needs_kernels
@@ -71,3 +76,12 @@ def test_without_a_gradient_wanted_none_is_kept() -> None:
     assert quick_linear(torch.randn(5, 3), matrix, None).grad_fn is None
     with torch.no_grad():
         assert quick_linear(torch.randn(5, 3, requires_grad=True), matrix, None).grad_fn is None
+
+
+@needs_kernels
+def test_what_a_frozen_weight_is_multiplied_by_is_not_kept() -> None:
+    x = torch.randn(5, 3, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        quick_linear(x, torch.randn(4, 3), None)
+    assert [tuple(tensor.shape) for tensor in kept] == [(4, 3)]
