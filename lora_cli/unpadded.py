@@ -309,16 +309,16 @@ def _laid_end_to_end(model: PreTrainedModel, kwargs: dict[str, Any], offset: int
     rows, order = lay(mask.sum(1), device, blocks, owners, fills=_fills(model))
     chosen = mask[order]
     places = (chosen.cumsum(1) - 1)[chosen]
-    positions = places.to(device) + offset
     flat: dict[str, Any] = {
         name: kwargs[name][order][chosen] for name in ("input_ids", "token_type_ids") if name in kwargs
     }
+    flat["position_ids"] = places.to(device)
     if rows.num_tokens > len(places):
         spots = rows.starts[order].repeat_interleave(rows.lengths[order]) + places
         flat = {name: tokens.new_zeros(rows.num_tokens).index_copy_(0, spots, tokens) for name, tokens in flat.items()}
-        positions = positions.new_full((rows.num_tokens,), offset).index_copy_(0, spots, positions)
     laid = {name: tokens[None] for name, tokens in flat.items()}
-    return {**kwargs, **laid, "position_ids": positions[None], "attention_mask": None, "rows": rows}
+    laid["position_ids"] += offset
+    return {**kwargs, **laid, "attention_mask": None, "rows": rows}
 
 
 def num_laid(model: PreTrainedModel, num_tokens: int) -> int:
