@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
-from lora_cli.config import group_options
 from lora_cli.help import Key, keys_of
+from lora_cli.options import group_options
 from lora_cli.spec import VERBS, nested_specs
 
 TARGET = Path(__file__).with_name("configuration.md")

@@ -16,20 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli.disk import shown, unless_empty
-from lora_cli.errors import ConfigError, LoraError, RunError, UnknownName, UserError, nearest, printable
+from lora_cli.disk import unless_empty
+from lora_cli.errors import ConfigError, LoraError, RunError, UnknownName, printable
+from lora_cli.misconfigured import IN_THE_WAY, bad_value, explain, unknown_key
+from lora_cli.options import conf_dir, group_options
 from lora_cli.spec import TASK_KINDS, VERBS, ModelSpec, TrainRun, nested_specs
-from lora_cli.words import config_dirs, prepare, sweep_folder, take_literals, value_of
+from lora_cli.words import config_dirs, prepare, sweep_folder, take_literals
 
 __all__ = [
     "SAVED_GROUPS",
     "Job",
     "complete",
     "compose",
-    "conf_dir",
-    "explain",
     "group_flags",
-    "group_options",
     "launch",
     "read_train_run",
     "to_plain",
@@ -38,17 +37,6 @@ __all__ = [
 SAVED_GROUPS = ("task", "model")
 """Groups that eval and infer take from the saved run, as the option `_run`."""
 
-_WANTED = {
-    "converted to Integer": "a whole number",
-    "converted to Float": "a number",
-    "not a valid bool": "true or false",
-    "is not a ListConfig": "a list, such as [a,b]",
-    "is not Optional": "needs a value, which null is not",
-}
-"""What OmegaConf says of a value → what is allowed, in our words."""
-_IN_FILE = re.compile(r"In '([^']+)': \w+ raised while composing config:\n(.*)\n\s*full_key: (\S+)")
-"""Hydra on a YAML file: its name, the problem, the key."""
-_IN_THE_WAY = (FileExistsError, NotADirectoryError, PermissionError)
 _ENVIRONMENT = re.compile(r"(?<!\\)\$\{\s*oc\.env\b")
 
 
@@ -66,12 +54,6 @@ class Job:
     sweep_number: int | None
     sweep: Path | None
     """The folder of the sweep that it is a job of."""
-
-
-def conf_dir() -> Path:
-    """The shipped conf/: inside the package in a wheel, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    return next(path for path in (package / "conf", package.parent / "conf") if (path / "train.yaml").is_file())
 
 
 def launch(
@@ -118,7 +100,7 @@ def launch(
         raise
     except Exception as error:
         # What the disk refuses is not the user's mistake, unless explain() knows how they can mend it.
-        is_disks = isinstance(error, OSError) and error.errno is not None and not isinstance(error, _IN_THE_WAY)
+        is_disks = isinstance(error, OSError) and error.errno is not None and not isinstance(error, IN_THE_WAY)
         if is_disks or os.environ.get("LORA_DEBUG") == "1":
             raise
         raise explain(error, verb) from error
@@ -166,11 +148,6 @@ def group_flags() -> list[str]:
     return [f"--config-dir={folder}" for folder in config_dirs(sys.argv)]
 
 
-def group_options(group: str, words: Sequence[str] = ()) -> list[str]:
-    """Names that `group=` accepts: the shipped YAML files, those of ./conf, and of a --config-dir among `words`."""
-    return sorted({file.stem for folder in _folders(words) for file in (folder / group).glob("*.yaml")})
-
-
 def to_plain(spec: object) -> dict[str, Any]:
     """`spec` as nested dicts, lists and scalars: what a run folder stores."""
     return dataclasses.asdict(spec)  # type: ignore[call-overload, no-any-return]
@@ -195,45 +172,6 @@ def read_train_run(saved: Mapping[str, Any], *, trusted: bool = False) -> TrainR
         raise RunError(f"saved config: {error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(found, TrainRun)
     return dataclasses.replace(found, model=dataclasses.replace(found.model, trust_remote_code=trusted))
-
-
-def explain(error: Exception, verb: str) -> UserError:
-    """The one-line form of what Hydra or OmegaConf raised while composing the config of `verb`."""
-    from hydra.errors import MissingConfigException, OverrideParseException
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-
-    if isinstance(error, _IN_THE_WAY):
-        fault = "may not be written" if isinstance(error, PermissionError) else "a file is in the way"
-        return RunError(f"{shown(error.filename)}: {fault}; choose another hydra.run.dir")
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    groups = [name for name, nested in nested_specs(VERBS[verb]) if nested]
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return _missing_option(str(error.missing_cfg_file), error.options or ())
-    if isinstance(error, OverrideParseException):
-        return _unreadable(error)
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        return _unknown_key(str(cause.full_key), VERBS[verb])
-    if in_file := _IN_FILE.match(str(error)):
-        return _wrong_file(*in_file.group(1, 2, 3), root=VERBS[verb])
-    text = " ".join(line for line in str(cause or error).splitlines() if not line.startswith(("    ", "See ")))
-    if text.startswith("Ambiguous value for argument"):
-        override = text.split("'")[1]
-        key, _, value = override.partition("=")
-        return ConfigError(key, value, "several values; add -m to sweep over them")
-    if "Multiple values for " in text:
-        group = text.partition("Multiple values for ")[2].partition(".")[0]
-        return ConfigError(group, "", f"already chosen by the defaults: write {group}=NAME without the +")
-    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        return _bad_value(cause)
-    if text.startswith("Unexpected type for root"):
-        below = next((word for word in sys.argv[1:] if word.lstrip("+").startswith(tuple(f"{g}." for g in groups))), "")
-        group = below.lstrip("+").partition(".")[0]
-        return ConfigError(printable(below.partition("=")[0]), "", f"needs {group}=NAME besides")
-    for group, _, value in (word.partition("=") for word in sys.argv[1:]):
-        if group in groups and value in ("null", ""):
-            options = ", ".join(group_options(group, sys.argv))
-            return ConfigError(group, value, f"needs a name: one of {options}")
-    return UserError(printable(text or type(error).__name__, 280))
 
 
 @contextmanager
@@ -287,11 +225,6 @@ def _null_tables_take_keys() -> Iterator[None]:
         ConfigLoaderImpl._apply_overrides_to_config = staticmethod(apply)  # type: ignore[method-assign]
 
 
-def _folders(words: Sequence[str]) -> list[Path]:
-    """Where groups lie, in the order in which Hydra looks."""
-    return [*config_dirs(words), conf_dir(), Path("conf")]
-
-
 def _job(cfg: Any, literals: Mapping[str, str]) -> Job:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -327,7 +260,7 @@ def _validated(cfg: Any) -> Any:
             raise ConfigError(missing[0], "", f"needs a value: {missing[0]}=...")
         return OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        raise _bad_value(error) from error
+        raise bad_value(error) from error
 
 
 def _reject_unknown(node: Any, path: str) -> None:
@@ -341,7 +274,7 @@ def _reject_unknown(node: Any, path: str) -> None:
     for key in node:
         name = f"{path}.{key!s}" if path else str(key)
         if (known is not None and key not in known) or str(key).startswith("_"):
-            raise _unknown_key(name, OmegaConf.get_type(node._get_root()) or TrainRun)
+            raise unknown_key(name, OmegaConf.get_type(node._get_root()) or TrainRun)
         _reject_unknown(node._get_node(key), name)
 
 
@@ -352,38 +285,6 @@ def _reject_environment(node: Any, path: str) -> None:
             _reject_environment(value, f"{path}.{key}" if path else str(key))
     elif isinstance(node, str) and _ENVIRONMENT.search(node):
         raise ConfigError(path, node, "the environment is not read into a run's files; type the value itself")
-
-
-def _unknown_key(key: str, root: type) -> ConfigError:
-    near = nearest(key, [*_all_keys(root), "hydra.run.dir", "hydra.sweep.dir"])
-    verb = next((verb for verb, schema in VERBS.items() if schema is root), "train")
-    hint = f" Did you mean {near}?" if near else ""
-    return ConfigError(printable(key), "", f"no such key.{hint} See lora {verb} --help")
-
-
-def _all_keys(root: type, prefix: str = "") -> list[str]:
-    """Dotted names of every key of a dataclass tree; a task's keys are those of all kinds."""
-    keys = []
-    for name, nested in nested_specs(root):
-        keys.append(prefix + name)
-        for schema in nested:
-            keys += _all_keys(schema, f"{prefix}{name}.")
-    return list(dict.fromkeys(keys))
-
-
-def _missing_option(missing: str, options: Sequence[str]) -> UserError:
-    group, _, name = missing.rpartition("/")
-    if name == "_run" and not any(word.startswith("run=") and word != "run=" for word in sys.argv):
-        return ConfigError("run", "", "needs a value: run=FOLDER, or run=latest")
-    if name == "_run":
-        return ConfigError(
-            group,
-            "",
-            f"a bare adapter does not say which; give {group}=NAME{' or model.path=FOLDER' * (group == 'model')}",
-        )
-    if not group:
-        return UnknownName("--config-name", name, sorted(VERBS), "config")
-    return UnknownName(group, name, group_options(group, sys.argv) or options, group)
 
 
 def _check_recipe(cfg: Any) -> None:
@@ -398,51 +299,6 @@ def _check_recipe(cfg: Any) -> None:
     if OmegaConf.is_missing(recipe, "epochs"):
         options = group_options(f"recipe/{recipe.name}", sys.argv)
         raise UnknownName("task", cfg.task.name, options, f"task of recipe={recipe.name}")
-
-
-def _wrong_file(name: str, problem: str, key: str, *, root: type) -> UserError:
-    """A YAML file of the user's own with a key or a value that does not fit."""
-    file = next((path for folder in _folders(sys.argv) if (path := folder / f"{name}.yaml").is_file()), Path(name))
-    if not problem.startswith("Key "):
-        return UserError(f"{printable(file)}: {printable(key)}: {_wanted(problem)}")
-    known = _all_keys(root)
-    if key in known:
-        group, _, recipe = name.rpartition("/")
-        task, options = value_of("task", sys.argv) or "", group_options(name, sys.argv)
-        if group == "recipe" and task not in options:
-            return UnknownName("task", task, options, f"task of recipe={recipe}")
-        first = f"defaults: [/schema/task/KIND@_here_, _self_], KIND one of {', '.join(TASK_KINDS)}"
-        return UserError(f"{printable(file)}: {key} is a key of some kinds of task only; begin with {first}")
-    near = nearest(key, known)
-    return UserError(f"{printable(file)}: no such key {printable(key)}.{f' Did you mean {near}?' if near else ''}")
-
-
-def _unreadable(error: Any) -> UserError:
-    override = str(getattr(error, "override", ""))
-    key, equals, value = override.partition("=")
-    if not equals:
-        return ConfigError(printable(override), "", "overrides look like key=value")
-    # Quotes around a whole list would make one text of it.
-    quoted = "['...']" if value.startswith("[") else "'...'"
-    return ConfigError(key, value, f'cannot be read; put quotes around it: "{key}={quoted}"')
-
-
-def _bad_value(error: Any) -> ConfigError:
-    """A value of the wrong type, or one that points nowhere."""
-    key, text = str(error.full_key or "config"), str(error).splitlines()[0]
-    return ConfigError(key, _value_of(error, key), _wanted(text))
-
-
-def _wanted(text: str) -> str:
-    """What is allowed where OmegaConf says `text` of a value."""
-    return next((name for said, name in _WANTED.items() if said in text), text)
-
-
-def _value_of(error: Any, key: str) -> object:
-    override = next((word for word in sys.argv[1:] if word.lstrip("+").startswith(f"{key}=")), None)
-    if override is not None:
-        return override.partition("=")[2]
-    return getattr(error, "value", None) or ""
 
 
 def _kind_of(task: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -18,24 +18,21 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from lora_cli import __version__
-from lora_cli.checkpointing import checkpoint_layers, layers_of
 from lora_cli.compiled import compile_forward
 from lora_cli.engine.batches import by_length
 from lora_cli.engine.checkpoint import Checkpoint, Progress
 from lora_cli.engine.device import Device, lacks_compiler, open_device
-from lora_cli.engine.evaluate import evaluate, forward, predict, rehearse
+from lora_cli.engine.evaluate import evaluate, rehearse
 from lora_cli.engine.generate import generate
 from lora_cli.engine.micro_step import Training, alone
-from lora_cli.engine.offload import Streamed, move_whole
 from lora_cli.engine.optim import check_optimizer
 from lora_cli.engine.selfcheck import check_same_logits
 from lora_cli.engine.train import Objective, Recorder, Stop, training
 from lora_cli.errors import ConfigError
 from lora_cli.frozen_cache import FrozenCache
-from lora_cli.late_logits import can_wait, make_logits_late
-from lora_cli.models import BaseModel, drawn_anew, load_base, save_config
+from lora_cli.ground import FEW, Ground, logits_of_few, run_on
+from lora_cli.models import BaseModel, drawn_anew, save_config
 from lora_cli.nn import (
-    INITS,
     Allocator,
     Bank,
     Injection,
@@ -52,79 +49,18 @@ from lora_cli.nn import (
     start_from_inputs,
     trainable_state,
 )
-from lora_cli.prepacked import prepack
 from lora_cli.process import settle_down
 from lora_cli.spec import LOSS_DOWNWARDS, TEXT_METRICS, TrainRun
 from lora_cli.tasks import Encoded, EncodedTexts, Rows, Scorer, Task, TextScorer, TextTask
-from lora_cli.unpadded import remove_padding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Experiment", "Ground", "score_split"]
+__all__ = ["Experiment", "score_split"]
 
 _VERSIONS = ("torch", "transformers", "datasets", "hydra-core", "safetensors")
 _READ = 128
 """Training examples from whose inputs an init can start."""
-_CHECKED = 8
-"""Examples on which self-checks compare logits."""
-_CHECKED_TOKENS = 1024
-"""Tokens that these have at most, unless one alone has more."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ground:
-    """What several trainings can stand on: a base model that none of them changes, and data as it takes it."""
-
-    task: Task
-    rows: Mapping[str, Rows]
-    data: Mapping[str, Encoded]
-    base: BaseModel
-    device: Device
-    is_packed: bool
-    """Whether the model runs without padding."""
-    logits: torch.Tensor
-    """Of a few examples, without any adapter."""
-    settle: Callable[[], object]
-    """Moves the model, or what was put into it, to where it computes."""
-
-    @classmethod
-    def lay(cls, spec: TrainRun, task: Task, rows: Mapping[str, Rows]) -> Ground:
-        """Load the base model of `spec` and encode `rows`.
-
-        Raises:
-            UserError: the model or the data do not fit.
-            TrainingFailure: without padding the model computes something else.
-        """
-        device = open_device(spec.device)
-        base = load_base(
-            spec.model,
-            **task.head,
-            seed=spec.seed_for("init"),
-            dtype=device.dtype,
-            device=device.device,
-            keep_original=spec.lora.init == "loftq",
-        )
-        device.world.share_out(base.model, base.fresh, device.device, offload=spec.device.offload_base)
-        settle = _at_home(spec, base, device)
-        data = {split: task.encode(found, base) for split, found in rows.items()}
-        is_packed = (
-            spec.train.packing is not False
-            and not device.compiles
-            and _remove_padding(task, base, data["train"], device)
-        )
-        if spec.train.packing and not is_packed:
-            raise ConfigError("train.packing", "true", f"not with {base.family}, whose attention needs padded texts")
-        # Of weights that are split, the head's is whole only while the head itself is computed.
-        is_plain = device.world.is_sharded or device.compiles
-        _make_logits_late("off" if is_plain else spec.train.logits_chunk, task, base)
-        # Layers whose weights come and go are computed again anyway.
-        if spec.train.checkpointing and not _streams(spec):
-            checkpoint_layers(base.model, base.family)
-        logits = _logits(task, base, data["train"], device)
-        return cls(
-            task=task, rows=rows, data=data, base=base, device=device, is_packed=is_packed, logits=logits, settle=settle
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +108,9 @@ class Experiment:
         if spec.lora.init == "eva":
             forwards = _single_forwards(task, base, ground.data["train"], device, spec.seed_for("data"))
             start_from_inputs(base.model, forwards)
-        _check_start(spec, ground, base)
+        ground.check_unchanged(spec.lora, base)
         if start is not None:
             start.put(base.model, injection)
-        prepack(base.model, limit_mib=device.prepack_mib, skip=base.fresh)
         if spec.device.compile:
             _compile(base, device, task.spec.max_length)
         settle_down()
@@ -218,10 +153,9 @@ class Experiment:
             name, spec.lora, groups=shared.groups, skip=shared.skip, new_rows=shared.new_rows, seed=seed
         )
         base = replace(shared, model=cast("PreTrainedModel", member.model))
-        _check_start(spec, ground, base)
+        ground.check_unchanged(spec.lora, base)
         for parameter, start in drawn_anew(shared, seed).items():
             base.model.get_parameter(parameter).data.copy_(start)
-        prepack(base.model, limit_mib=ground.device.prepack_mib, skip=base.fresh)
         return cls(
             spec=spec,
             task=ground.task,
@@ -313,7 +247,7 @@ class Experiment:
             # Always the same batches: what a text becomes depends on them in its last bits.
             batches = by_length([example.num_tokens for example in examples], self.spec.train.eval_batch_size)
             chosen = ([examples[number] for number in numbers] for numbers in batches)
-            self.cache.fill(partial(_forward, self.task, self.base, each, self.device) for each in chosen)
+            self.cache.fill(partial(run_on, self.task, self.base, each, self.device) for each in chosen)
         return time.perf_counter() - started
 
     def save(self, folder: Path) -> None:
@@ -342,11 +276,11 @@ class Experiment:
         )
         if self.spec.lora.variant == "full":
             save_config(model, folder)
-        expected = _logits(self.task, base, self.data["train"], self.device)
+        expected = logits_of_few(self.task, base, self.data["train"], self.device)
         remove(model)
         load_adapter(model, folder, fresh=base.fresh, fingerprint=self.fingerprint)
         self.settle()
-        found = _logits(self.task, base, self.data["train"], self.device)
+        found = logits_of_few(self.task, base, self.data["train"], self.device)
         check_same_logits("the saved adapter must compute what the trained one does", expected, found, tolerance=0.0)
 
     def score(
@@ -482,63 +416,6 @@ def _read_start(spec: TrainRun, task: Task, base: BaseModel) -> Start | None:
     return read_start(base.model, file, fresh=base.fresh, fingerprint=base.fingerprint, keep_head=is_same)
 
 
-def _check_start(spec: TrainRun, ground: Ground, base: BaseModel) -> None:
-    """See that the fresh adapter in `base` leaves the logits as they were.
-
-    Raises:
-        TrainingFailure: it does not.
-    """
-    # What starts at 0 adds exactly 0, and so does what is still at its start. DoRA divides by a norm and multiplies
-    # by it, the identity only up to rounding; so is a product of fewer rows, and the B A of an orthogonal init.
-    rounding = 1e-4 if ground.device.is_exact else 2e-2
-    is_rounded = spec.lora.variant == "dora" or spec.lora.init == "orthogonal" or base.new_rows
-    tolerance = rounding if is_rounded else 0.0
-    # LoftQ changes it, towards the model that was quantised: layer by layer for certain, which tests hold it to.
-    if INITS[spec.lora.init].is_neutral:
-        after = _logits(ground.task, base, ground.data["train"], ground.device)
-        check_same_logits("a fresh adapter must not change the base model", ground.logits, after, tolerance=tolerance)
-
-
-def _remove_padding(task: Task, base: BaseModel, data: Encoded, device: Device) -> bool:
-    """Make the model compute no padding, if its family allows it.
-
-    Raises:
-        TrainingFailure: it computes something else then.
-    """
-    by_length = sorted(data.examples, key=lambda example: example.num_tokens)
-    batch = device.move(task.collate([by_length[min(_CHECKED, len(by_length) - 1)], *by_length[:2]]))
-
-    def logits() -> torch.Tensor:
-        with device.without_gradients(), device.autocast():
-            return task.decisions(forward(base.model, batch), batch)
-
-    padded = logits()
-    if not remove_padding(base.model):
-        return False
-    promise = "texts laid end to end must give the logits of padded ones"
-    check_same_logits(promise, padded, logits(), tolerance=1e-4 if device.is_exact else 2e-2)
-    return True
-
-
-def _streams(spec: TrainRun) -> bool:
-    """Whether the weights of a layer are fetched by us for its turn; those that are split, by what split them."""
-    return spec.device.offload_base and not spec.device.shard
-
-
-def _at_home(spec: TrainRun, base: BaseModel, device: Device) -> Callable[[], object]:
-    """Move the model to its device, with device.offload_base all but the weights of its layers; returns what moves it
-    again after a change.
-    """
-    if _streams(spec):
-        layers = layers_of(base.model, base.family, key="device.offload_base")
-        return Streamed(base.model, layers, device.device).place
-    place: Callable[[], object] = partial(base.model.to, device.device)
-    if spec.device.offload_base:
-        place = partial(move_whole, base.model, device.device)
-    place()
-    return place
-
-
 def _compile(base: BaseModel, device: Device, longest: int) -> None:
     """Have the forward passes compiled, or tell why they are not."""
     lacking = lacks_compiler(device.device.type)
@@ -547,24 +424,6 @@ def _compile(base: BaseModel, device: Device, longest: int) -> None:
         compile_forward(base.model, pad=int(base.tokenizer.pad_token_id), longest=longest, is_alone=is_alone)
     elif device.world.rank == 0:
         warnings.warn(f"device.compile: goes on uncompiled, {lacking}", stacklevel=2)
-
-
-def _make_logits_late(setting: str, task: Task, base: BaseModel) -> None:
-    """Let the logits of large batches be computed part by part, if that is not switched off.
-
-    Raises:
-        ConfigError: a number is asked for, and there are no such logits, or the family makes them in its own way.
-    """
-    if isinstance(task, TextTask) and can_wait(base.model):
-        if setting != "off":
-            make_logits_late(base.model, setting)
-    elif setting not in ("auto", "off"):
-        why = (
-            f"with {base.family}, whose logits are made in its own way"
-            if isinstance(task, TextTask)
-            else "where no words are learnt"
-        )
-        raise ConfigError("train.logits_chunk", setting, f"auto or off: not {why}")
 
 
 def _cache(
@@ -580,15 +439,8 @@ def _cache(
         return None
     if not is_packed:
         raise ConfigError("train.cache", kind, f"only where {base.family} runs without padding (train.packing)")
-    forward = partial(_forward, task, base, data.examples[:_CHECKED], device)
+    forward = partial(run_on, task, base, data.examples[:FEW], device)
     return FrozenCache(base.model, forward, kind=kind, limit=int(spec.train.cache_gib * 2**30))
-
-
-def _forward(task: Task, base: BaseModel, examples: Sequence[Any], device: Device) -> None:
-    """The model on a few examples."""
-    batch = device.move(task.collate(examples))
-    with device.autocast():
-        forward(base.model, batch)
 
 
 def _libraries(base: BaseModel) -> tuple[str, ...]:
@@ -603,17 +455,8 @@ def _single_forwards(
 
     @torch.no_grad()
     def run(number: int) -> None:
-        _forward(task, base, [data.examples[number]], device)
+        run_on(task, base, [data.examples[number]], device)
 
     base.model.eval()
     order = torch.randperm(len(data.examples), generator=torch.Generator().manual_seed(seed))
     return (partial(run, number) for number in order[:_READ].tolist())
-
-
-def _logits(task: Task, base: BaseModel, data: Encoded, device: Device) -> torch.Tensor:
-    """Logits of a few short examples, without dropout."""
-    shortest = sorted(data.examples, key=lambda example: example.num_tokens)[:_CHECKED]
-    # Of long texts fewer: a writing model has a logit for each word of its vocabulary and each token of theirs.
-    while len(shortest) > 1 and len(shortest) * shortest[-1].num_tokens > _CHECKED_TOKENS:
-        shortest.pop()
-    return next(predict(base.model, task, shortest, device=device, batch_size=_CHECKED))[1]

@@ -11,7 +11,8 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from lora_cli import __version__, config, spec
+from lora_cli import __version__, spec
+from lora_cli.options import group_options
 
 __all__ = ["Key", "keys_of", "print_overview", "print_verb"]
 
@@ -58,7 +59,7 @@ def print_verb(verb: str, words: Sequence[str] = ()) -> None:
     groups = [name for name, nested in spec.nested_specs(schema) if nested]
     print(_strong("groups") + "  (group=option)")
     for group in groups:
-        if options := config.group_options(group, words):
+        if options := group_options(group, words):
             print(_wrapped(f"  {group:9} ", ", ".join(options)))
     section = None
     for key in keys_of(schema):

@@ -28,17 +28,17 @@ _STEP = 8
 _KEPT = "_prepacked"
 
 
-def prepack(model: nn.Module, *, limit_mib: int, skip: Collection[str] = ()) -> int:
+def prepack(model: nn.Module, *, limit_mib: int, skip: Collection[str] = (), copies: bool = True) -> int:
     """Let linear layers of `model` compute by oneDNN; returns how many may have a copy of their weight for that.
 
     Only in fp32 on a CPU, and not in the modules called in `skip`. Many tokens go that way where they are a number that
-    products are compiled for, with gradients too. Few do without gradients, by a copy of a frozen weight, layer by
-    layer as long as copies fit into `limit_mib`; 0: nothing goes that way. A copy is made when it is first wanted, and
-    anew once the weight was written to. Results are the same up to rounding.
+    products are compiled for, with gradients too. Few do with `copies` and without gradients, by a copy of a frozen
+    weight, layer by layer as long as copies fit into `limit_mib`; 0: nothing goes that way. A copy is made when it is
+    first wanted, and anew once the weight was written to. Results are the same up to rounding.
     """
     if not limit_mib or not is_available():
         return 0
-    left, found = limit_mib * 2**20, 0
+    left, found = limit_mib * 2**20 if copies else -1, 0
     for module in _linear_layers(model, skip):
         left -= module.get_parameter("weight").nbytes
         module.forward = partial(_forward, module, LoraConv1D.fits(module), left >= 0)

@@ -29,7 +29,8 @@ from lora_cli.train_view import show
 
 if TYPE_CHECKING:
     from lora_cli.engine.micro_step import Answer, MicroStep, Training
-    from lora_cli.experiment import Experiment, Ground
+    from lora_cli.experiment import Experiment
+    from lora_cli.ground import Ground
 
 __all__ = ["Part", "common", "train_together", "why_alone", "work"]
 
@@ -142,7 +143,7 @@ class _Shared:
     """What is loaded once."""
 
     def __init__(self, spec: TrainRun) -> None:
-        from lora_cli.experiment import Ground
+        from lora_cli.ground import Ground
         from lora_cli.nn import Bank
 
         self._rows: dict[int, tuple[Mapping[str, Rows], Mapping[str, Encoded]]] = {}

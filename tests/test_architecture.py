@@ -27,10 +27,13 @@ LAYERS = (
         *("checkpointing", "compiled", "isolation", "late_logits", "row_attention", "screen"),
         *("terminal", "tokenizer", "trackers", "words"),
     ),
+    ("options",),
+    ("misconfigured",),
     ("config", "frozen_cache", "nn", "runs", "sources", "tasks", "unpadded"),
     ("reader",),
     ("engine", "help", "merged", "models", "onnx_file", "prepacked", "preview"),
-    ("certificate", "comparison_view", "experiment", "health", "reuse", "saved"),
+    ("certificate", "comparison_view", "ground", "health", "reuse", "saved"),
+    ("experiment",),
     ("bench_view",),
     ("forecast", "ranks", "report_page", "serving", "trials"),
     ("batch_size", "foresight", "sampled_steps", "train_view"),
@@ -56,6 +59,7 @@ TORCH_AT_IMPORT = (
         "forecast",
         "foresight",
         "frozen_cache",
+        "ground",
         "merged",
         "onnx_file",
         "plain_attention",
@@ -153,7 +157,7 @@ def test_each_thing_is_said_in_one_place(path: Path) -> None:
     roots = {module.split(".")[0] for module in imported(ast.walk(tree))}
     assert "peft" not in roots
     assert not roots & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
-    if name not in ("config", "help", "launchers", "sweepers"):
+    if name not in ("config", "misconfigured", "help", "launchers", "sweepers"):
         assert not roots & {"hydra", "omegaconf"}, "only config.py and Hydra's own plugins see a DictConfig"
     words = list(strings(tree))
     if name not in ("engine/device", "spec/names"):

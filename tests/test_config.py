@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from lora_cli import config
 from lora_cli.errors import ConfigError, RunError, UnknownName, UserError
+from lora_cli.options import conf_dir
 from lora_cli.spec import VERBS, TrainRun
 
-CONF = config.conf_dir()
+CONF = conf_dir()
 OPTIONS = sorted(
     (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("base", "recipe")
 )

@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from lora_cli import experiment as experiments
-from lora_cli.config import conf_dir
 from lora_cli.engine.checkpoint import Checkpoint
 from lora_cli.engine.evaluate import forward
 from lora_cli.errors import ConfigError, TrainingFailure, UnknownName
 from lora_cli.experiment import Experiment
+from lora_cli.options import conf_dir
 from lora_cli.process import GentleStop
 from lora_cli.spec import ClassificationSpec, DataSpec, LoraSpec, ModelSpec, TrainRun, TrainSpec
 from lora_cli.tasks import build_task, load_splits

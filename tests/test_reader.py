@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from lora_cli import reader as readers
-from lora_cli.config import conf_dir
 from lora_cli.errors import ModelError
 from lora_cli.families import FAMILIES
 from lora_cli.models import load_base
+from lora_cli.options import conf_dir
 from lora_cli.reader import load_reader
 from lora_cli.spec import ModelSpec
 

@@ -7,9 +7,10 @@ import functools
 import pytest
 
 from lora_cli import config
+from lora_cli.options import conf_dir
 from lora_cli.spec import METRICS, TEXT_METRICS, TrainRun
 
-RECIPES = config.conf_dir() / "recipe"
+RECIPES = conf_dir() / "recipe"
 TRAININGS = sorted((file.parent.name, file.stem) for file in RECIPES.glob("*/*.yaml"))
 GLUE = ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]
 NLG = ["dart", "e2e", "webnlg"]
@@ -89,7 +90,7 @@ def composed():
         return config._validated(compose("train", overrides=[*chosen, f"task={task}", *EXTRA.get(task, []), *words]))
 
     config._register_schemas("train")
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         yield make
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli import bench_view as view
-from lora_cli.config import group_flags, group_options, to_plain
+from lora_cli.config import group_flags, to_plain
 from lora_cli.disk import write_atomic
 from lora_cli.errors import ConfigError, TrainingFailure, UnknownName, UserError
+from lora_cli.options import group_options
 from lora_cli.runs.benchmark import Score, Storage, average, score, storage, write_benchmark
 from lora_cli.runs.comparison import Goal, Training, comparison_folder, unequal
 from lora_cli.runs.directory import signature

@@ -11,8 +11,8 @@ import yaml
 from safetensors.torch import load_file
 
 from commands.conftest import FILMS, MODEL, write_csv
-from lora_cli.config import conf_dir
 from lora_cli.models import load_base
+from lora_cli.options import conf_dir
 from lora_cli.spec import ModelSpec
 from lora_cli.tokenizer import load_tokenizer
 

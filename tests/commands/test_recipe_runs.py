@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli import config
+from lora_cli.options import conf_dir
 
 RTE = ("recipe=roberta-base-glue", "task=rte")
 CHANGES = ["task.max_length=64", "lora.r=4"]
@@ -44,7 +44,7 @@ QUICK = {
 }
 TRAININGS = [
     pytest.param(file.parent.name, file.stem, marks=() if (file.parent.name, file.stem) in QUICK else pytest.mark.slow)
-    for file in sorted((config.conf_dir() / "recipe").glob("*/*.yaml"))
+    for file in sorted((conf_dir() / "recipe").glob("*/*.yaml"))
 ]
 
 
