@@ -61,7 +61,7 @@ def _forward(module: nn.Module, is_transposed: bool, has_copy: bool, x: Tensor) 
     assert weight is not None
     num_tokens = x.numel() // width
     if x.dtype == torch.float32:
-        # Optimizers that take one pass do not count what they write: a copy is for what is frozen.
+        # What trains is another weight at each step.
         has_copy = has_copy and not (torch.is_grad_enabled() or weight.requires_grad or weight.is_inference())
         if has_copy and 0 < num_tokens <= _FEW:
             return _by_copy(x.reshape(-1, width), weight, bias, is_transposed=is_transposed).view(*x.shape[:-1], -1)

@@ -98,6 +98,14 @@ def test_a_fresh_adapter_changes_nothing_and_comes_back_from_disk(lora: LoraSpec
     assert set(experiment.score("validation").result()) == {"accuracy", "loss"}
 
 
+def test_row_lengths_of_dora_are_those_of_the_step(tmp_path: Path) -> None:
+    train = TrainSpec(batch_size=8, max_steps=6, lr=2e-2, restore_best=False)
+    experiment = build(lora=LoraSpec(variant="dora", dropout=0.0), train=train)
+    experiment.train(Notes(), None, GentleStop())
+    # What is read back from the disk measures its rows anew.
+    experiment.save(tmp_path / "adapter")
+
+
 @pytest.mark.parametrize(
     "name", ["tiny-gpt2", "tiny-llama", "tiny-opt", "tiny-neox", "tiny-bloom", "tiny-t5", "tiny-bart"]
 )

@@ -41,13 +41,24 @@ def build_optimizer(groups: Iterable[dict[str, Any]], spec: TrainSpec) -> torch.
     if spec.optimizer == "adamw":
         # On a CPU torch has it as one pass over memory only where it is asked for.
         is_on_cpu = all(p.device.type == "cpu" for group in prepared for p in group["params"])
-        return _AdamW(prepared, **settings, fused=is_on_cpu or None)
+        return _counting(_AdamW(prepared, **settings, fused=is_on_cpu or None))
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("train.optimizer", spec.optimizer, "needs a package: pip install 'lora-cli[quant]'")
     from bitsandbytes.optim import PagedAdamW32bit
 
-    paged: torch.optim.Optimizer = PagedAdamW32bit(prepared, **settings)
-    return paged
+    return _counting(PagedAdamW32bit(prepared, **settings))
+
+
+def _counting(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Let a step count as a change of what it writes to, which one pass over memory does not by itself: what is
+    computed once for each state of a parameter goes by that count.
+    """
+
+    def count(*_: object) -> None:
+        torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
+
+    optimizer.register_step_post_hook(count)
+    return optimizer
 
 
 def check_optimizer(name: str, device: Device) -> None:

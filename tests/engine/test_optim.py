@@ -72,6 +72,20 @@ def test_a_paged_adamw_takes_the_steps_of_the_plain_one() -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["adamw", "paged_adamw"])
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_a_step_counts_as_a_change_of_what_it_writes_to(name: str) -> None:
+    if name == "paged_adamw":
+        pytest.importorskip("bitsandbytes")
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = build_optimizer([{"params": [parameter], "lr": 0.1, "weight_decay": 0.0}], TrainSpec(optimizer=name))
+    for _ in range(2):
+        before = parameter._version
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+        assert parameter._version > before
+
+
 def test_there_is_nothing_to_page_without_a_gpu() -> None:
     cpu, gpu = (Device(torch.device(name), "fp32", "") for name in ("cpu", "cuda"))
     check_optimizer("paged_adamw", gpu)
