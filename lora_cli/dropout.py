@@ -174,5 +174,5 @@ def quicken(model: torch.nn.Module) -> None:
             module.forward = partial(_forward, module)  # type: ignore[method-assign]
 
 
-def _forward(module: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:
-    return dropout(x, module.p) if module.training and module.p else x
+def _forward(module: torch.nn.Dropout, input: torch.Tensor) -> torch.Tensor:
+    return dropout(input, module.p) if module.training and module.p else input

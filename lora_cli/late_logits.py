@@ -93,6 +93,8 @@ class _Late:
         self._at_once: int | None = None
         """None: this call is as any other."""
         self._bias: Tensor | None = None
+        self._own: Callable[..., Any] | None = None
+        """The output layer's `forward` where it has another than its kind."""
 
     def begin(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Let the output layer return what it is given."""
@@ -101,7 +103,7 @@ class _Late:
         head = model.get_output_embeddings()
         at_once = tokens_at_once(self._setting, model.config.vocab_size)
         if _num_logits(kwargs) > at_once:
-            self._at_once = at_once
+            self._at_once, self._own = at_once, head.__dict__.get("forward")
             head.forward = _unchanged
             self._bias = getattr(model, "final_logits_bias", None)
             if self._bias is not None:
@@ -114,7 +116,9 @@ class _Late:
             return None
         head, at_once, bias = model.get_output_embeddings(), self._at_once, self._bias
         del head.forward
-        self._at_once = self._bias = None
+        if self._own is not None:
+            head.forward = self._own
+        self._at_once = self._bias = self._own = None
         if bias is not None:
             model.final_logits_bias = bias
         if output is not None:

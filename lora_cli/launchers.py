@@ -22,6 +22,7 @@ from omegaconf import open_dict
 from lora_cli import isolation
 from lora_cli.config import Job, compose, group_flags, to_plain
 from lora_cli.errors import INTERRUPTED, ConfigError, LoraError, RunError, in_words
+from lora_cli.machine import processors
 from lora_cli.runs.directory import RunDirectory, signature
 from lora_cli.runs.registry import finished_runs
 from lora_cli.runs.starts import pinned
@@ -165,7 +166,7 @@ class Isolated(Launcher):
         """A job's threads, where several share the processor."""
         if self._n_jobs == 1 or spec.device.threads is not None:
             return []
-        return [f"device.threads={max(1, len(os.sched_getaffinity(0)) // self._n_jobs)}"]
+        return [f"device.threads={max(1, processors() // self._n_jobs)}"]
 
     def _is_found(self, folder: Path, job: _Job, found: Mapping[str, Path], returned: dict[int, float | None]) -> bool:
         """Whether the same configuration has been trained on the same rows before; noted then."""

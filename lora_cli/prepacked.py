@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_cli.nn.layers import LoraConv1D
 from lora_cli.nn.targets import is_inside
@@ -25,7 +26,10 @@ _FEW = 64
 _STEP = 8
 """Beyond so many of them they are filled up to a multiple of it, lest each number be compiled."""
 
-_KEPT = "_prepacked"
+_copies = WeakTensorKeyDictionary()
+"""Weight, which copies of a model may share → (a view of what was laid out, how often that was written to, the copy).
+Not with the weight, because a model can be pickled, and a copy cannot.
+"""
 
 
 def prepack(model: nn.Module, *, limit_mib: int, skip: Collection[str] = (), copies: bool = True) -> int:
@@ -34,7 +38,8 @@ def prepack(model: nn.Module, *, limit_mib: int, skip: Collection[str] = (), cop
     Only in fp32 on a CPU, and not in the modules called in `skip`. Many tokens go that way where they are a number that
     products are compiled for, with gradients too. Few do with `copies` and without gradients, by a copy of a frozen
     weight, layer by layer as long as copies fit into `limit_mib`; 0: nothing goes that way. A copy is made when it is
-    first wanted, and anew once the weight was written to. Results are the same up to rounding.
+    first wanted, and anew once the weight was written to, unless by way of its `data`, which nobody counts. Results are
+    the same up to rounding.
     """
     if not limit_mib or not is_available():
         return 0
@@ -55,9 +60,9 @@ def _linear_layers(model: nn.Module, skip: Collection[str]) -> Iterator[nn.Modul
             yield module
 
 
-def _forward(module: nn.Module, is_transposed: bool, has_copy: bool, x: Tensor) -> Tensor:
-    """What the layer's own `forward` does."""
-    weight, bias, width = module._parameters["weight"], module._parameters["bias"], x.shape[-1]
+def _forward(module: nn.Module, is_transposed: bool, has_copy: bool, input: Tensor) -> Tensor:
+    """What the layer's own `forward` does, by the name that this gives to its input."""
+    x, weight, bias, width = input, module._parameters["weight"], module._parameters["bias"], input.shape[-1]
     assert weight is not None
     num_tokens = x.numel() // width
     if x.dtype == torch.float32:
@@ -78,12 +83,12 @@ def _by_copy(rows: Tensor, weight: Tensor, bias: Tensor | None, *, is_transposed
 
 
 def _copy_of(weight: Tensor, *, is_transposed: bool) -> Tensor:
-    """The weight as it is now, laid out. Kept with the weight, which copies of a model may share."""
-    source, version, copy = weight.__dict__.get(_KEPT, (None, 0, None))
+    """The weight as it is now, laid out."""
+    source, version, copy = _copies.get(weight, (None, 0, None))  # type: ignore[no-untyped-call]
     # The source is held, so that no other tensor comes to lie in its place.
     if source is None or source.data_ptr() != weight.data_ptr() or version != weight._version:
         source = weight.detach()
         copy = laid_out(source.T if is_transposed else source)
-        weight.__dict__[_KEPT] = source, weight._version, copy
+        _copies[weight] = source, weight._version, copy
     found: Tensor = copy
     return found

@@ -163,6 +163,7 @@ def attend(
     """Attention within each row: (1, heads, T, d) each → (1, T, heads, d). Keys and values may have fewer heads. Where
     first tokens alone ask, zeros for all others.
     """
+    import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     from lora_cli.plain_attention import attention
@@ -172,6 +173,10 @@ def attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out, None
+    if torch.is_autocast_enabled(query.device.type):
+        # As torch's own does: positions may have been turned into wider numbers, which would meet others here.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layout = rows.layout(query.shape[1], query.shape[1] // key.shape[1], sliding_window, causal=causal)
     q, k, v = (

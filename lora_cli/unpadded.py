@@ -322,7 +322,7 @@ def _laid_end_to_end(model: PreTrainedModel, kwargs: dict[str, Any], offset: int
 
 
 def num_laid(model: PreTrainedModel, num_tokens: int) -> int:
-    """How many tokens a block of so many becomes in a `model` without padding."""
+    """How many tokens a block of so many becomes in a `model` without padding that computes in what is set up now."""
     from lora_cli.products import filled
 
     return filled(num_tokens) if _fills(model) else num_tokens
@@ -332,8 +332,9 @@ def _fills(model: PreTrainedModel) -> bool:
     """Whether its products are quick with some numbers of tokens."""
     import torch
 
-    where, dtype = model.device, model.dtype
-    return bool(where.type == "cpu" and dtype == torch.float32)
+    # The first weight may be one that trains, in fp32 whatever is computed in.
+    is_plain = model.device.type == "cpu" and model.dtype == torch.float32
+    return bool(is_plain and not torch.is_autocast_enabled("cpu"))
 
 
 def first_position(table: object) -> int:

@@ -18,7 +18,7 @@ from lora_cli.errors import ConfigError, TrainingFailure, UnknownName
 from lora_cli.experiment import Experiment
 from lora_cli.options import conf_dir
 from lora_cli.process import GentleStop
-from lora_cli.spec import ClassificationSpec, DataSpec, LoraSpec, ModelSpec, TrainRun, TrainSpec
+from lora_cli.spec import ClassificationSpec, DataSpec, LoraSpec, ModelSpec, TrainDeviceSpec, TrainRun, TrainSpec
 from lora_cli.tasks import build_task, load_splits
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
@@ -103,6 +103,19 @@ def test_row_lengths_of_dora_are_those_of_the_step(tmp_path: Path) -> None:
     experiment = build(lora=LoraSpec(variant="dora", dropout=0.0), train=train)
     experiment.train(Notes(), None, GentleStop())
     # What is read back from the disk measures its rows anew.
+    experiment.save(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("lora", [LoraSpec(), LoraSpec(variant="full", targets=[])], ids=["lora", "full"])
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-modernbert", "tiny-llama", "tiny-gpt2"])
+def test_at_half_precision_all_that_trains_is_wider_and_all_checks_hold(
+    name: str, lora: LoraSpec, tmp_path: Path
+) -> None:
+    settings = OmegaConf.to_container(OmegaConf.load(conf_dir() / "model" / f"{name}.yaml"))
+    device = TrainDeviceSpec(name="cpu", precision="bf16")
+    train = TrainSpec(batch_size=8, max_steps=2, restore_best=False)
+    experiment = build(ModelSpec(**settings), lora=lora, device=device, train=train)
+    experiment.train(Notes(), None, GentleStop())
     experiment.save(tmp_path / "adapter")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,17 @@ from lora_cli.engine.train import Objective, train
 from lora_cli.errors import ConfigError, TrainingFailure
 from lora_cli.experiment import Experiment
 from lora_cli.nn import parameter_groups, trainable_state
-from lora_cli.spec import DataSpec, DeviceSpec, GenerationSpec, LoraSpec, ModelSpec, TrainRun, TrainSpec
+from lora_cli.process import GentleStop
+from lora_cli.spec import (
+    DataSpec,
+    DeviceSpec,
+    GenerationSpec,
+    LoraSpec,
+    ModelSpec,
+    TrainDeviceSpec,
+    TrainRun,
+    TrainSpec,
+)
 from lora_cli.tasks import build_task, load_splits
 from lora_cli.unpadded import takes_labels
 from nn.models import LM_CONFIGS
@@ -27,15 +38,20 @@ TASK = GenerationSpec(
 LORA = LoraSpec(r=2, targets=["all-linear"])
 
 
-def build(family: str, **settings: object) -> Experiment:
+def build(
+    family: str, *, lora: LoraSpec | None = None, device: TrainDeviceSpec | None = None, **settings: object
+) -> Experiment:
     random = LM_CONFIGS[family] | {
         key: 400 for key in ("n_positions", "max_position_embeddings") if key in LM_CONFIGS[family]
     }
     random |= {"decoder_start_token_id": 0} if family == "t5" else {}
     task, model = build_task(TASK), ModelSpec(name="tiny", family=family, random=random, dropout=0.0)
     rows = load_splits(DATA, ["train", "validation"], label=None, regression=False, seed=0)
-    lora = LORA if family != "bloom" else LoraSpec(r=2)
-    return Experiment.build(TrainRun(task=TASK, model=model, lora=lora, train=TrainSpec(**settings)), task, rows)
+    usual = LORA if family != "bloom" else LoraSpec(r=2)
+    spec = TrainRun(
+        task=TASK, model=model, lora=lora or usual, device=device or TrainDeviceSpec(), train=TrainSpec(**settings)
+    )
+    return Experiment.build(spec, task, rows)
 
 
 class Silent:
@@ -50,6 +66,16 @@ class Silent:
 
     def checkpoint(self, checkpoint) -> None:
         pass
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "opt"])
+def test_at_half_precision_a_model_trains_whole(family: str, tmp_path: Path) -> None:
+    settings = {"batch_size": 4, "max_steps": 2, "restore_best": False}
+    device = TrainDeviceSpec(name="cpu", precision="bf16")
+    experiment = build(family, lora=LoraSpec(variant="full", targets=[]), device=device, **settings)
+    assert takes_labels(experiment.base.model)
+    experiment.train(Silent(), None, GentleStop())
+    experiment.save(tmp_path / "adapter")
 
 
 def after_a_step(experiment: Experiment, **settings: object) -> dict[str, torch.Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -53,6 +55,15 @@ def test_losses_and_gradients_are_those_of_all_at_once(family: str, packed: bool
     # The first time it gives back what it is given.
     assert len(widest) > 4
     assert max(widest[1:]) <= 4 * 100
+
+
+def test_the_output_layer_computes_afterwards_as_before() -> None:
+    model = tiny_lm("llama", vocab_size=100)
+    head = model.get_output_embeddings()
+    head.forward = own = partial(type(head).forward, head)
+    make_logits_late(model, "4")
+    forward(model, texts(model), for_loss=True)
+    assert head.forward is own
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["lm_head"]])

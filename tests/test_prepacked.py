@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -162,7 +164,20 @@ def test_first_layers_come_first_as_far_as_the_limit_goes() -> None:
     model = nn.Sequential(nn.Linear(256, 512), nn.Linear(512, 512), nn.Linear(512, 4))
     assert prepack(model, limit_mib=1) == 1
     model.requires_grad_(False)(torch.randn(3, 256))
-    assert ["_prepacked" in vars(layer.weight) for layer in model] == [True, False, False]
+    assert [layer.weight in prepacked._copies for layer in model] == [True, False, False]
+
+
+def test_a_model_can_be_pickled_and_leaves_no_copy_behind() -> None:
+    gc.collect()
+    model, x, before = linear(), torch.randn(3, 12), len(prepacked._copies)
+    prepack(model, limit_mib=1)
+    wanted = model(x)
+    assert len(prepacked._copies) == before + 1
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(x), wanted)
+    del model, again
+    gc.collect()
+    assert len(prepacked._copies) == before
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,12 @@ def test_numbers_are_few_and_grow_like_a_logarithm() -> None:
     assert len({filled(number) for number in range(2049, 4097)}) == 16
 
 
+@needs_kernels
+def test_they_are_found_whatever_is_computed_in() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_available.__wrapped__()
+
+
 def test_without_kernels_nothing_is_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "is_available", lambda: False)
     assert [filled(number) for number in (1, 100, 1001)] == [1, 100, 1001]

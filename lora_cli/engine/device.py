@@ -18,7 +18,7 @@ import torch
 from lora_cli.engine.distributed import ALONE, World, join, local
 from lora_cli.engine.offload import saved_on_host
 from lora_cli.errors import ConfigError
-from lora_cli.machine import compiler
+from lora_cli.machine import compiler, processors
 from lora_cli.spec import DeviceSpec, TrainDeviceSpec
 
 __all__ = ["Card", "Device", "Hardware", "hardware", "lacks_compiler", "one_card", "open_device", "unless_full"]
@@ -216,7 +216,7 @@ def open_device(spec: DeviceSpec) -> Device:
         device = torch.device(name, number)
         torch.cuda.set_device(device)
     if name == "cpu" and count > 1 and spec.threads is None:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+        torch.set_num_threads(max(1, processors() // count))
     asked = spec if isinstance(spec, TrainDeviceSpec) else TrainDeviceSpec()
     for key, wanted in (("activations", asked.offload_activations), ("base", asked.offload_base)):
         if wanted and name != "cuda":

@@ -35,7 +35,8 @@ def gradients(bank: Bank, wanted: Mapping[str, MicroStep]) -> dict[str, Answer]:
     steps = [wanted[name] for name in names]
     batches, device = [step.batch for step in steps], steps[0].device
     rows = [len(batch["attention_mask"]) for batch in batches]
-    tokens = [num_laid(bank.model, int(batch["attention_mask"].sum())) for batch in batches]
+    with device.autocast():
+        tokens = [num_laid(bank.model, int(batch["attention_mask"].sum())) for batch in batches]
     kept = [num_learnt(batch["labels"]) for batch in batches] if takes_labels(bank.model) else rows
     states = []
     for step in steps:

@@ -59,7 +59,7 @@ class Bank:
         self._bytes: dict[str, int] = {}
         self._called: set[str] = set()
         """Modules that are known to be called by the model, which might read their weight instead."""
-        self._last: tuple[tuple[str, ...], dict[str, Slot]] = ((), {})
+        self._last: tuple[list[dict[str, Part]], dict[str, Slot]] = ([], {})
         self._is_busy = False
 
     @property
@@ -128,7 +128,7 @@ class Bank:
         """
         self._check_known(name)
         del self._parts[name], self._bytes[name]
-        self._last = ((), {})
+        self._last = ([], {})
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -149,7 +149,8 @@ class Bank:
             if name is not None:
                 self._check_known(name)
         # At once: meanwhile another bank's thread may add one.
-        used = tuple(name for name in tuple(self._parts) if name in set(names))
+        asked = set(names)
+        used = tuple(name for name in tuple(self._parts) if name in asked)
         device = next(self.model.parameters()).device
         seating = Seating([-1 if name is None else used.index(name) for name in names], len(used), device)
         self._is_busy, handles = True, list(self._hooks(used, seating))
@@ -181,16 +182,15 @@ class Bank:
 
     def _slots(self, used: tuple[str, ...]) -> dict[str, Slot]:
         """What the adapters do to each module; kept for the next batch, which mostly has the same adapters."""
-        if self._last[0] != used:
-            touched = dict.fromkeys(name for adapter in used for name in self._parts[adapter])
-            parts = [self._parts[adapter] for adapter in used]
-            self._last = (
-                used,
-                {
-                    name: Slot(name, {number: own[name] for number, own in enumerate(parts) if name in own})
-                    for name in touched
-                },
-            )
+        parts, known = [self._parts[adapter] for adapter in used], self._last[0]
+        # The same ones, not only of the same name: a bank beside this one may have let one go and taken another.
+        if len(parts) != len(known) or any(own is not other for own, other in zip(parts, known, strict=True)):
+            touched = dict.fromkeys(name for own in parts for name in own)
+            slots = {
+                name: Slot(name, {number: own[name] for number, own in enumerate(parts) if name in own})
+                for name in touched
+            }
+            self._last = parts, slots
         return self._last[1]
 
     def _check_known(self, name: str) -> None:

@@ -67,12 +67,11 @@ class Part:
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, take: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """The module's output for the adapter's rows, which `take` takes of any tensor; `output` is the base's."""
-        own = [take(x) for x in args]
         if self.is_beside:
             assert isinstance(self.module, LoraLayer | TokenRows)
-            return self.module.adapted(own[0], take(output))
+            return self.module.adapted(take(next(iter((*args, *kwargs.values())))), take(output))
         # Past its hooks: what they do to a batch, the base's have done.
-        computed: Tensor = self.module.forward(*own, **{key: take(x) for key, x in kwargs.items()})
+        computed: Tensor = self.module.forward(*map(take, args), **{key: take(x) for key, x in kwargs.items()})
         return computed
 
 

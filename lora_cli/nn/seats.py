@@ -97,7 +97,8 @@ class Seating:
         self.present = frozenset(numbers)
         """All numbers among them."""
         self._device = device
-        self._is_one = num_adapters == 1 and min(numbers) == 0
+        is_one = num_adapters == 1 and min(numbers) == 0
+        self._whole = Seats(0, self._numbers_N, _runs(self._numbers_N), is_whole=True) if is_one else None
         self._owners: dict[int, Tensor] = {}
         """L → owner of each position."""
         self._is_laid = False
@@ -110,7 +111,8 @@ class Seating:
         is_laid = getattr(getattr(module, "config", None), "_attn_implementation", None) in (ENCODING, DECODING)
         if is_laid and not args and "blocks" not in kwargs and not (module.training or torch.is_grad_enabled()):
             mask = kwargs.get("attention_mask")
-            if mask is not None and len(mask) == len(self._numbers_N):
+            # Of rows of one token nobody could tell whether they are meant as rows, in their own order, or as tokens.
+            if mask is not None and len(mask) == len(self._numbers_N) < int(mask.sum()):
                 return args, {**kwargs, "owners": self._numbers_N}
         return None
 
@@ -140,8 +142,8 @@ class Seating:
         Raises:
             AdapterError: the rows share it, so that they cannot have adapters of their own there.
         """
-        if self._is_one:
-            return Seats(0, self._numbers_N, _runs(self._numbers_N), is_whole=True)
+        if self._whole is not None:
+            return self._whole
         dimension = 1 if self._is_laid and x.ndim > 1 and x.shape[0] == 1 else 0
         size = x.shape[dimension]
         if size not in self._owners:

@@ -90,6 +90,7 @@ def build_app(
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(Exception, _failed)
     limits = Limits(token, hosts, spec.max_body, spec.timeout_s)
     return Gate(app, limits, answered=metrics.answered, warn=warn)
 
@@ -335,6 +336,11 @@ async def _invalid(request: Request, error: Exception) -> Response:
         return JSONResponse(failure(Refusal(400, "the body is no JSON")), 400)
     refusal = Refusal(422, f"{where or 'body'}: {printable(first['msg'], 200)}", param=where or None)
     return JSONResponse(failure(refusal), 422)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """What nobody foresaw, of which the gate tells the server's side."""
+    return JSONResponse(failure(Refusal(500, "internal error")), 500)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

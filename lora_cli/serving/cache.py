@@ -24,14 +24,6 @@ class Rows:
     def __init__(self, cache: Any, mask_NT: Tensor) -> None:
         self._cache, self._mask_NT = cache, mask_NT
 
-    def __len__(self) -> int:
-        return len(self._mask_NT)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens kept, padding included."""
-        return self._mask_NT.numel()
-
     def step(self, model: Any, tokens_N: Sequence[int]) -> Tensor:
         """Add a token to each row: the logits (N, V) of what follows."""
         ids = torch.tensor(tokens_N, device=self._mask_NT.device)[:, None]

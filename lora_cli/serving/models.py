@@ -87,8 +87,7 @@ class Models:
         found: list[Any] = []
         for name, text in zip(self._names(model, len(texts)), texts, strict=True):
             rows = [row_of(self._entry(name), text)]
-            jobs.append(LabelJob(name=name, rows=rows, tell=found.append))
-            jobs[-1].tell = _into(found, len(jobs) - 1)
+            jobs.append(LabelJob(name=name, rows=rows, tell=_into(found, len(jobs))))
         return [answers[0] for answers in self._done(jobs, found)]
 
     def generate(

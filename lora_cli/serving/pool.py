@@ -172,7 +172,9 @@ class Pool:
             try:
                 found = self._load(name, found)
             except Full:
-                raise
+                # There is room for its new version once the one that is in use is let go of.
+                if found is None:
+                    raise
             except (LoraError, OSError) as error:
                 self.warn(f"{name}: {error}")
                 if found is None:
@@ -268,7 +270,7 @@ class Pool:
             entry = self.shelf.read(name)
             self._check(entry)
             self.entries[name] = entry
-        self._make_room()
+        self._make_room(name)
         self._num_versions += 1
         key = f"{name}@{self._num_versions}"
         self.bank.add(key, entry.file, force_base=self._force_base)
@@ -278,24 +280,28 @@ class Pool:
             self._forget(name)
         self._loaded[name] = ready
         self.num_loaded += 1
-        self._make_room(beside=name)
+        self._evict(name, lambda: self._max_bytes is not None and self.bytes > self._max_bytes)
         return ready
 
-    def _make_room(self, beside: str | None = None) -> None:
-        """For one more, or, where `beside` has come, for what it takes."""
+    def _make_room(self, name: str) -> None:
+        """For the adapter called `name`: for one more, or in the place of its version in memory, which goes last."""
+        before = self._loaded.get(name)
+        replaced = int(before is not None and before.key not in self._held)
 
         def is_full() -> bool:
-            if beside is None:
-                return len(self.bank.names) >= self.max_adapters
-            return self._max_bytes is not None and self.bytes > self._max_bytes
+            return len(self.bank.names) - replaced >= self.max_adapters
 
-        for name in [name for name, ready in self._loaded.items() if ready.key not in self._held and name != beside]:
+        self._evict(name, is_full)
+        if is_full():
+            raise Full("all adapters that fit into memory are in use; try again")
+
+    def _evict(self, kept: str, is_full: Callable[[], bool]) -> None:
+        """Forget what is not in use, but for `kept`, until there is room."""
+        for name in [name for name, ready in self._loaded.items() if ready.key not in self._held and name != kept]:
             if not is_full():
                 return
             self._forget(name)
             self.num_evicted += 1
-        if beside is None and is_full():
-            raise Full("all adapters that fit into memory are in use; try again")
 
     def _forget(self, name: str) -> None:
         ready = self._loaded.pop(name, None)

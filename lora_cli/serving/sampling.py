@@ -18,7 +18,9 @@ def generator_of(seed: int) -> torch.Generator:
 def drawn(logits_V: Tensor, decode: DecodeSpec, generator: torch.Generator) -> int:
     """A token drawn at `decode.temperature` from the likeliest `top_k`, of those from the likeliest that make up
     `top_p`."""
-    scores_V = logits_V.cpu() / decode.temperature
+    # Of doubles below 0 whatever temperature leaves the likeliest finite.
+    scores_V = logits_V.cpu().double()
+    scores_V = (scores_V - scores_V.max()) / decode.temperature
     if decode.top_k is not None and decode.top_k < len(scores_V):
         scores_V = scores_V.masked_fill(scores_V < scores_V.topk(decode.top_k).values[-1], -torch.inf)
     if decode.top_p < 1:

@@ -209,7 +209,17 @@ class Writing:
     def _choose(self, answers: Sequence[_Answer], logits_NV: Tensor) -> None:
         likeliest = logits_NV.argmax(-1).tolist()
         pairs = list(zip(answers, logits_NV, likeliest, strict=True))
-        self._leave([answer for answer, logits_V, best in pairs if answer.choose(logits_V, best)])
+        ended, failed = list[_Answer](), dict[int, Exception]()
+        for answer, logits_V, best in pairs:
+            try:
+                if answer.choose(logits_V, best):
+                    ended.append(answer)
+            except Exception as error:
+                # Such as logits of one adapter that are no numbers: with it goes its job, and nobody else.
+                failed[id(answer.job)] = error
+        self._leave([answer for answer in ended if id(answer.job) not in failed])
+        for job, reason in failed.items():
+            self._fail([answer for answer in self._running if id(answer.job) == job], reason)
 
     def _leave(self, answers: Sequence[_Answer], *, tell: bool = False) -> None:
         """These are done."""

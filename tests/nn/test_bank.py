@@ -305,6 +305,27 @@ def test_a_bank_beside_another_has_its_adapters_and_a_batch_of_its_own(packed: b
     )
 
 
+@torch.no_grad()
+def test_a_bank_beside_another_knows_who_went_and_came_again() -> None:
+    bank, _ = encoder("bert", packed=True)
+    beside, names = bank.beside(), ["a"] * len(LENGTHS)
+    with beside.rows(names):
+        before = beside.model(**texts()).logits
+    bank.remove("a")
+    again = trained(bank.add_new("a", LoraSpec(r=2, targets=QUERY_VALUE["bert"]), groups={}, seed=9).model, 9)
+    with beside.rows(names):
+        found = beside.model(**texts()).logits
+    assert not torch.allclose(found, before, atol=1e-3)
+    torch.testing.assert_close(found, again(**texts()).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_of_one_token_each_have_their_own_heads() -> None:
+    bank, alone = encoder("bert", packed=True)
+    ids = torch.randint(3, 40, (len(ROWS), 1), generator=torch.Generator().manual_seed(2))
+    check_mixed(bank, alone, ROWS, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
 def bank_alone(bank: Bank, name: str) -> Callable[..., Any]:
     """What a model with this adapter alone computes."""
 

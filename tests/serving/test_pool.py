@@ -139,6 +139,32 @@ def test_a_damaged_change_leaves_what_was_there(own: Path, pool_of: Callable[...
     assert "adapter_model.safetensors" in warnings[0]
 
 
+def test_a_damaged_change_leaves_what_was_there_where_there_is_room_for_one(
+    own: Path, pool_of: Callable[..., Pool]
+) -> None:
+    warnings: list[str] = []
+    pool = pool_of(own, watch=True, max_adapters=1, warn=warnings.append)
+    before = pool.classify(items(pool, ["a"]))
+    move(own / "a", 3, float("nan"))
+    for _ in range(2):
+        assert pool.classify(items(pool, ["a"])) == before
+    assert len(warnings) == 2
+    move(own / "b", 3)
+    assert pool.classify(items(pool, ["b"])) != before
+    assert len(pool.bank.names) == 1
+
+
+def test_a_change_waits_until_there_is_room_for_it(own: Path, pool_of: Callable[..., Pool]) -> None:
+    pool = pool_of(own, watch=True, max_adapters=1)
+    held = pool.ready("a")
+    pool.hold(held)
+    move(own / "a", 3)
+    assert pool.ready("a") == held
+    pool.release(held)
+    assert pool.ready("a") != held
+    assert len(pool.bank.names) == 1
+
+
 def test_an_adapter_that_went_is_told_without_its_path(own: Path, pool_of: Callable[..., Pool]) -> None:
     pool = pool_of(own)
     shutil.rmtree(own / "a")

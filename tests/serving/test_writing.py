@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lora_cli.config import read_train_run
 from lora_cli.engine.generate import generate
@@ -17,7 +18,7 @@ from lora_cli.saved import open_saved
 from lora_cli.serving.jobs import Late, Piece, WriteJob
 from lora_cli.serving.models import row_of
 from lora_cli.serving.pool import Pool
-from lora_cli.serving.writing import Writing
+from lora_cli.serving.writing import Writing, _Answer
 from lora_cli.spec import DeviceSpec, InferRun, TextSpec
 from lora_cli.tasks import Rows
 
@@ -178,6 +179,35 @@ def test_who_is_gone_or_late_leaves_between_steps(pool: Pool) -> None:
     finish(work, deque())
     assert len(told[0]) == before
     assert "".join(piece.text for piece in told[2]) == answer(pool)[0].text
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324])
+def test_however_low_the_temperature_nobody_else_is_touched(temperature: float, pool: Pool) -> None:
+    usual, likeliest = answer(pool)[0].text, answer(pool, name="y")[0].text
+    told, cold = list[Any](), list[Any]()
+    jobs = [job(pool, "x", "hi", told), job(pool, "y", "hi", cold, sample=True, temperature=temperature, seed=1)]
+    finish(Writing(pool, 4096), deque(jobs))
+    assert [told[0].text, cold[0].text] == [usual, likeliest]
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_an_answer_whose_token_cannot_be_chosen_fails_with_its_job_alone(
+    after: int, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = list[Any](), list[Any]()
+    jobs = [job(pool, "x", "hi", good), job(pool, "y", "hi", bad, sample=True, n=2), job(pool, "x", "hi", good)]
+    choose = _Answer.choose
+
+    def chosen(self: _Answer, logits_V: torch.Tensor, likeliest: int) -> bool:
+        if self.job is jobs[1] and self.number and len(self.ids) == after:
+            raise RuntimeError("probability tensor contains nan")
+        return choose(self, logits_V, likeliest)
+
+    monkeypatch.setattr(_Answer, "choose", chosen)
+    finish(Writing(pool, 4096), deque(jobs))
+    assert [str(each) for each in bad] == ["probability tensor contains nan"]
+    assert [piece.text for piece in good] == [answer(pool)[0].text] * 2
+    assert not pool.is_in_use
 
 
 def test_a_prompt_that_fails_fails_alone(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
