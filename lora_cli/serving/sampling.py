@@ -25,9 +25,10 @@ def drawn(logits_V: Tensor, decode: DecodeSpec, generator: torch.Generator) -> i
         scores_V = scores_V.masked_fill(scores_V < scores_V.topk(decode.top_k).values[-1], -torch.inf)
     if decode.top_p < 1:
         sorted_V, order_V = scores_V.softmax(-1).sort(descending=True)
-        # What comes before the token already makes up so much: it is out. The likeliest one stays.
-        out_V = order_V[sorted_V.cumsum(-1) - sorted_V >= decode.top_p]
-        scores_V = scores_V.index_fill(0, out_V, -torch.inf)
+        # What comes before the token already makes up so much: it is out. The likeliest one stays, be it never so much.
+        is_out_V = sorted_V.cumsum(-1) - sorted_V >= decode.top_p
+        is_out_V[0] = False
+        scores_V = scores_V.index_fill(0, order_V[is_out_V], -torch.inf)
     return int(torch.multinomial(scores_V.softmax(-1), 1, generator=generator))
 
 

@@ -181,11 +181,11 @@ def test_who_is_gone_or_late_leaves_between_steps(pool: Pool) -> None:
     assert "".join(piece.text for piece in told[2]) == answer(pool)[0].text
 
 
-@pytest.mark.parametrize("temperature", [1e-40, 5e-324])
-def test_however_low_the_temperature_nobody_else_is_touched(temperature: float, pool: Pool) -> None:
+@pytest.mark.parametrize("setting", [{"temperature": 1e-40}, {"temperature": 5e-324}, {"top_p": 5e-324}], ids=str)
+def test_however_small_the_numbers_nobody_else_is_touched(setting: dict[str, float], pool: Pool) -> None:
     usual, likeliest = answer(pool)[0].text, answer(pool, name="y")[0].text
     told, cold = list[Any](), list[Any]()
-    jobs = [job(pool, "x", "hi", told), job(pool, "y", "hi", cold, sample=True, temperature=temperature, seed=1)]
+    jobs = [job(pool, "x", "hi", told), job(pool, "y", "hi", cold, sample=True, seed=1, **setting)]
     finish(Writing(pool, 4096), deque(jobs))
     assert [told[0].text, cold[0].text] == [usual, likeliest]
 
