@@ -83,8 +83,8 @@ class Ground:
         # Layers whose weights come and go are computed again anyway.
         if spec.train.checkpointing and not _streams(spec):
             checkpoint_layers(base.model, base.family)
-        # Before anything is copied from the model or compared with it. Only who writes computes few tokens, many times.
-        prepack(base.model, limit_mib=device.prepack_mib, skip=base.fresh, copies=isinstance(task, TextTask))
+        # Before anything is copied from the model or compared with it.
+        prepack(base.model, limit_mib=device.prepack_mib, skip=base.fresh, copies=False)
         logits = logits_of_few(task, base, data["train"], device)
         return cls(
             task=task, rows=rows, data=data, base=base, device=device, is_packed=is_packed, logits=logits, settle=settle
@@ -108,6 +108,14 @@ class Ground:
         if INITS[lora.init].is_neutral:
             after = logits_of_few(self.task, base, self.data["train"], self.device)
             check_same_logits("a fresh adapter must not change the base model", self.logits, after, tolerance=tolerance)
+
+    def lay_out(self, base: BaseModel) -> None:
+        """Let few tokens meet weights that are laid out once. Only who writes computes few tokens, many times.
+
+        After all comparisons: which weights it may do that with depends on what trains.
+        """
+        if isinstance(self.task, TextTask):
+            prepack(base.model, limit_mib=self.device.prepack_mib, skip=base.fresh)
 
 
 def run_on(task: Task, base: BaseModel, examples: Sequence[Any], device: Device) -> None:

@@ -78,6 +78,18 @@ def test_at_half_precision_a_model_trains_whole(family: str, tmp_path: Path) -> 
     experiment.save(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("variant", ["lora", "full"])
+def test_a_fresh_adapter_changes_nothing_where_kernels_round_otherwise(variant: str) -> None:
+    # Wide enough for products of few tokens by a copy of the weight to differ from those by the weight.
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 4}
+    data = DataSpec(embedded="support_intents", train_limit=2, validation_limit=2)
+    task = GenerationSpec(name="intents", data=data, prompt="{label}:", target="{text}", max_target_length=12)
+    rows = load_splits(data, ["train", "validation"], label=None, regression=False, seed=0)
+    model = ModelSpec(name="wide", family="llama", random={**sizes, "vocab_size": 400})
+    lora = LORA if variant == "lora" else LoraSpec(variant="full", targets=[])
+    Experiment.build(TrainRun(task=task, model=model, lora=lora, train=TrainSpec()), build_task(task), rows)
+
+
 def after_a_step(experiment: Experiment, **settings: object) -> dict[str, torch.Tensor]:
     """What trains, after a step in double precision; by its large epsilon Adam's step is the gradient's."""
     model = copy.deepcopy(experiment.base.model).double()
