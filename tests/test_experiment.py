@@ -16,9 +16,19 @@ from lora_cli.engine.checkpoint import Checkpoint
 from lora_cli.engine.evaluate import forward
 from lora_cli.errors import ConfigError, TrainingFailure, UnknownName
 from lora_cli.experiment import Experiment
+from lora_cli.nn import trainable_state
 from lora_cli.options import conf_dir
 from lora_cli.process import GentleStop
-from lora_cli.spec import ClassificationSpec, DataSpec, LoraSpec, ModelSpec, TrainDeviceSpec, TrainRun, TrainSpec
+from lora_cli.spec import (
+    VARIANTS,
+    ClassificationSpec,
+    DataSpec,
+    LoraSpec,
+    ModelSpec,
+    TrainDeviceSpec,
+    TrainRun,
+    TrainSpec,
+)
 from lora_cli.tasks import build_task, load_splits
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
@@ -104,6 +114,22 @@ def test_row_lengths_of_dora_are_those_of_the_step(tmp_path: Path) -> None:
     experiment.train(Notes(), None, GentleStop())
     # What is read back from the disk measures its rows anew.
     experiment.save(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_goes_on_where_it_was_to_the_last_bit(variant: str) -> None:
+    lora = LoraSpec(variant=variant, dropout=0.1) if variant != "full" else LoraSpec(variant=variant, targets=[])
+    settings = {
+        "lora": lora,
+        "train": TrainSpec(batch_size=8, max_steps=6, save_every=1, log_every=1, lr=2e-2, restore_best=False),
+    }
+    whole, rest, untouched = Notes(), Notes(), build(**settings)
+    untouched.train(whole, None, GentleStop())
+    resumed = build(**settings)
+    resumed.train(rest, whole.checkpoints[2], GentleStop())
+    assert rest.values == whole.values[-len(rest.values) :]
+    ends = [trainable_state(experiment.base.model) for experiment in (untouched, resumed)]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
 
 @pytest.mark.parametrize("lora", [LoraSpec(), LoraSpec(variant="full", targets=[])], ids=["lora", "full"])
