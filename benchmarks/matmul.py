@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lora_cli.products import is_available, laid_out, product
+from lora_cli.products import as_kernels_read, is_available, product
 from lora_cli.runs.directory import write_json
 
 SECONDS = 3.0
@@ -20,7 +20,7 @@ def best(tokens: int, inputs: int, outputs: int) -> float:
     x, weight = torch.randn(tokens, inputs), torch.randn(inputs, outputs)
     ways = [lambda: torch.mm(x, weight)]
     if is_available():
-        kept = laid_out(weight.T)
+        kept = as_kernels_read(weight.T)
         ways.append(lambda: product(x, kept, None))
     fastest, end = float("inf"), time.perf_counter() + SECONDS
     while time.perf_counter() < end:

@@ -111,7 +111,6 @@ class Experiment:
         ground.check_unchanged(spec.lora, base)
         if start is not None:
             start.put(base.model, injection)
-        ground.lay_out(base)
         if spec.device.compile:
             _compile(base, device, task.spec.max_length)
         settle_down()
@@ -157,7 +156,6 @@ class Experiment:
         ground.check_unchanged(spec.lora, base)
         for parameter, start in drawn_anew(shared, seed).items():
             base.model.get_parameter(parameter).data.copy_(start)
-        ground.lay_out(base)
         return cls(
             spec=spec,
             task=ground.task,

@@ -109,14 +109,6 @@ class Ground:
             after = logits_of_few(self.task, base, self.data["train"], self.device)
             check_same_logits("a fresh adapter must not change the base model", self.logits, after, tolerance=tolerance)
 
-    def lay_out(self, base: BaseModel) -> None:
-        """Let few tokens meet weights that are laid out once. Only who writes computes few tokens, many times.
-
-        After all comparisons: which weights it may do that with depends on what trains.
-        """
-        if isinstance(self.task, TextTask):
-            prepack(base.model, limit_mib=self.device.prepack_mib, skip=base.fresh)
-
 
 def run_on(task: Task, base: BaseModel, examples: Sequence[Any], device: Device) -> None:
     """Let the model compute these examples, for what that leaves behind."""

@@ -8,6 +8,7 @@ of the time. Products of many tokens gain little by a copy: they take the weight
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -17,9 +18,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_cli.nn.layers import LoraConv1D
 from lora_cli.nn.targets import is_inside
-from lora_cli.products import is_available, is_whole, laid_out, product, quick_linear
+from lora_cli.products import as_kernels_read, is_available, is_whole, product, quick_linear
 
-__all__ = ["prepack"]
+__all__ = ["laid_out", "prepack"]
 
 _FEW = 64
 """Tokens up to which a product is by the copy."""
@@ -49,6 +50,26 @@ def prepack(model: nn.Module, *, limit_mib: int, skip: Collection[str] = (), cop
         module.forward = partial(_forward, module, LoraConv1D.fits(module), left >= 0)
         found += left >= 0
     return found
+
+
+@contextmanager
+def laid_out(model: nn.Module, *, limit_mib: int) -> Iterator[None]:
+    """Within it few tokens meet copies in layers that `prepack` left without; these are let go of at the end."""
+    left, without = limit_mib * 2**20, list[partial[Tensor]]()
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, partial) and forward.func is _forward:
+            left -= module.get_parameter("weight").nbytes
+            if left >= 0 and not forward.args[-1]:
+                module.forward = partial(_forward, module, forward.args[1], True)
+                without.append(forward)
+    try:
+        yield
+    finally:
+        for forward in without:
+            module = forward.args[0]
+            module.forward = forward
+            _copies.pop(module.get_parameter("weight"), None)  # type: ignore[no-untyped-call]
 
 
 def _linear_layers(model: nn.Module, skip: Collection[str]) -> Iterator[nn.Module]:
@@ -88,7 +109,7 @@ def _copy_of(weight: Tensor, *, is_transposed: bool) -> Tensor:
     # The source is held, so that no other tensor comes to lie in its place.
     if source is None or source.data_ptr() != weight.data_ptr() or version != weight._version:
         source = weight.detach()
-        copy = laid_out(source.T if is_transposed else source)
+        copy = as_kernels_read(source.T if is_transposed else source)
         _copies[weight] = source, weight._version, copy
     found: Tensor = copy
     return found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["filled", "is_available", "is_whole", "laid_out", "product", "quick_linear"]
+__all__ = ["as_kernels_read", "filled", "is_available", "is_whole", "product", "quick_linear"]
 
 _MANY = 64
 """Tokens from which numbers are filled up."""
@@ -32,7 +32,7 @@ def is_available() -> bool:
     x, weight, bias = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3), torch.arange(4.0)
     try:
         with torch.autocast("cpu", enabled=False):
-            return torch.allclose(product(x, laid_out(weight), bias), functional.linear(x, weight, bias))
+            return torch.allclose(product(x, as_kernels_read(weight), bias), functional.linear(x, weight, bias))
     except (AttributeError, RuntimeError):
         return False
 
@@ -56,7 +56,7 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return found
 
 
-def laid_out(matrix: Tensor) -> Tensor:
+def as_kernels_read(matrix: Tensor) -> Tensor:
     """A copy of a weight (out, in) as kernels read it."""
     found: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous())
     return found

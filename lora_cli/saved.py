@@ -16,7 +16,7 @@ from lora_cli.process import settle_down
 from lora_cli.runs.directory import RunDirectory
 from lora_cli.runs.registry import find_run, is_bare_adapter
 from lora_cli.spec import QUANTIZATIONS, ChatRun, ClassificationSpec, EvalRun, InferRun, MergeRun, ModelSpec, TaskSpec
-from lora_cli.tasks import Task, TextTask, build_task, load_rows
+from lora_cli.tasks import Task, build_task, load_rows
 from lora_cli.tokenizer import load_tokenizer
 from lora_cli.unpadded import remove_padding
 
@@ -97,7 +97,8 @@ def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun, *, keep_padding: b
     if facts.get("packing", True) and not keep_padding:
         remove_padding(base.model)
     if not keep_padding:
-        prepack(base.model, limit_mib=device.prepack_mib, skip=base.fresh, copies=isinstance(task, TextTask))
+        # A conversation goes on; who writes once lays weights out for that.
+        prepack(base.model, limit_mib=device.prepack_mib, skip=base.fresh, copies=isinstance(spec, ChatRun))
     saved_tokenizer = None if folder is None else folder.tokenizer
     tokenizer = load_tokenizer(saved_tokenizer) if saved_tokenizer and saved_tokenizer.is_dir() else base.tokenizer
     asked = spec.batch_size if isinstance(spec, EvalRun | InferRun) else None

@@ -70,7 +70,7 @@ def test_many_tokens_take_the_weight_as_it_is(monkeypatch: pytest.MonkeyPatch) -
     seen = []
     quick = prepacked.quick_linear
     monkeypatch.setattr(prepacked, "quick_linear", lambda x, *rest: seen.append(len(x)) or quick(x, *rest))
-    monkeypatch.setattr(prepacked, "laid_out", lambda matrix: pytest.fail("no copy is wanted"))
+    monkeypatch.setattr(prepacked, "as_kernels_read", lambda matrix: pytest.fail("no copy is wanted"))
     model = linear()
     prepack(model, limit_mib=1)
     for rows in (65, 72, 96, 97, 512):
@@ -149,7 +149,7 @@ def test_a_copy_of_the_model_shares_what_its_weight_does_and_no_more(monkeypatch
     prepack(model, limit_mib=1)
     before = model(x)
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    monkeypatch.setattr(prepacked, "laid_out", lambda matrix: pytest.fail("it is laid out already"))
+    monkeypatch.setattr(prepacked, "as_kernels_read", lambda matrix: pytest.fail("it is laid out already"))
     assert torch.equal(twin(x), before)
     monkeypatch.undo()
     twin[0].weight = nn.Parameter(torch.randn(20, 12), requires_grad=False)
@@ -165,6 +165,31 @@ def test_first_layers_come_first_as_far_as_the_limit_goes() -> None:
     assert prepack(model, limit_mib=1) == 1
     model.requires_grad_(False)(torch.randn(3, 256))
     assert [layer.weight in prepacked._copies for layer in model] == [True, False, False]
+
+
+def test_copies_can_be_had_for_a_while_and_are_let_go_of() -> None:
+    gc.collect()
+    model, x, before = nn.Sequential(linear(), linear(20, 4)), torch.randn(3, 12), len(prepacked._copies)
+    prepack(model, limit_mib=1, copies=False)
+    plain = model(x)
+    assert len(prepacked._copies) == before
+    forwards = [layer[0].forward for layer in model]
+    with prepacked.laid_out(model, limit_mib=1):
+        torch.testing.assert_close(model(x), plain, rtol=1e-5, atol=1e-5)
+        assert len(prepacked._copies) == before + 2
+    assert len(prepacked._copies) == before
+    assert [layer[0].forward for layer in model] == forwards
+    assert torch.equal(model(x), plain)
+
+
+def test_copies_that_a_model_has_for_good_stay_and_count() -> None:
+    model = nn.Sequential(nn.Linear(256, 512), nn.Linear(512, 512)).requires_grad_(False)
+    assert prepack(model, limit_mib=1) == 1
+    model(torch.randn(3, 256))
+    with prepacked.laid_out(model, limit_mib=1):
+        model(torch.randn(3, 256))
+        assert [layer.weight in prepacked._copies for layer in model] == [True, False]
+    assert model[0].weight in prepacked._copies
 
 
 def test_a_model_can_be_pickled_and_leaves_no_copy_behind() -> None:

@@ -11,6 +11,7 @@ import torch
 from lora_cli.engine.batches import by_length
 from lora_cli.engine.device import Device
 from lora_cli.growing_cache import growing_cache
+from lora_cli.prepacked import laid_out
 from lora_cli.spec import DecodeSpec
 from lora_cli.unpadded import can_remove_padding
 
@@ -51,29 +52,30 @@ def generate(
     # Not all others keep keys and values in transformers' ordinary cache.
     is_known = can_remove_padding(model.config.model_type, writes=True)
     batches = list(enumerate(by_length([query.num_tokens for query in queries], batch_size)))
-    for (number, indices), counts in device.world.own(batches):
-        batch = device.move(padded([queries[index].input_ids for index in indices], pad, left=writes_on))
-        # A decoder's output begins with its prompt, an encoder-decoder's with its start token.
-        start = batch["input_ids"].shape[1] if writes_on else 1
-        if is_known:
-            batch = {**batch, "past_key_values": growing_cache(model.config)}
-        if decode.sample:
-            device.seed(seed, number, 0)
-        with device.without_gradients(), device.autocast(), _without_settings(model):
-            found = model.generate(
-                **batch,
-                generation_config=config,
-                stopping_criteria=[_stopped(tokenizer, decode.stop, start)] if decode.stop else None,
-                streamer=streamer,
-                # Who holds a part of the weights is needed until the last has ended.
-                synced_gpus=device.world.is_sharded,
-            )
-        if not counts:
-            continue
-        done += len(indices)
-        progress(done, len(queries))
-        texts = (text_of(ids, tokenizer, config.eos_token_id, decode.stop) for ids in found[:, start:].tolist())
-        yield from zip(indices, texts, strict=True)
+    with laid_out(model, limit_mib=device.prepack_mib):
+        for (number, indices), counts in device.world.own(batches):
+            batch = device.move(padded([queries[index].input_ids for index in indices], pad, left=writes_on))
+            # A decoder's output begins with its prompt, an encoder-decoder's with its start token.
+            start = batch["input_ids"].shape[1] if writes_on else 1
+            if is_known:
+                batch = {**batch, "past_key_values": growing_cache(model.config)}
+            if decode.sample:
+                device.seed(seed, number, 0)
+            with device.without_gradients(), device.autocast(), _without_settings(model):
+                found = model.generate(
+                    **batch,
+                    generation_config=config,
+                    stopping_criteria=[_stopped(tokenizer, decode.stop, start)] if decode.stop else None,
+                    streamer=streamer,
+                    # Who holds a part of the weights is needed until the last has ended.
+                    synced_gpus=device.world.is_sharded,
+                )
+            if not counts:
+                continue
+            done += len(indices)
+            progress(done, len(queries))
+            texts = (text_of(ids, tokenizer, config.eos_token_id, decode.stop) for ids in found[:, start:].tolist())
+            yield from zip(indices, texts, strict=True)
 
 
 def _config(model: Any, decode: DecodeSpec, tokenizer: Any) -> Any:
