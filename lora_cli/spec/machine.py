@@ -23,8 +23,8 @@ class DeviceSpec:
     threads: int | None = None
     """CPU threads; None: as torch finds best."""
     prepack_mib: int = 1024
-    """MiB for copies of weights, laid out beforehand for products of few tokens, as in decoding; the first layers
-    first. 0: none, and products are by MKL alone. Only in fp32 on a CPU with AVX-512."""
+    """MiB for copies of weights while text is written, laid out for products of few tokens; the first layers first.
+    0: none, and products are by MKL alone. Only in fp32 on a CPU with AVX-512."""
 
     def __post_init__(self) -> None:
         one_of("device.name", self.name, DEVICES, "device")
