@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_cli.disk import write_atomic
+from lora_cli.disk import shown, write_atomic
 from lora_cli.errors import ConfigError, RunError
 from lora_cli.report_page import run_page, sweep_page
 from lora_cli.runs.directory import RunDirectory
@@ -38,5 +39,10 @@ def run(spec: ReportRun, *, directory: Path | None = None, overrides: Sequence[s
     target = Path(spec.output) if spec.output else folder / "report.html"
     if target.exists() and not target.read_bytes().startswith(b"<!doctype html>"):
         raise ConfigError("output", str(target), "holds something else than a page; choose another file")
-    write_atomic(target, text)
+    try:
+        write_atomic(target, text)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise RunError(f"{shown(target)}: {error.strerror}; output=FILE writes it elsewhere") from error
     Screen().line(str(target))

@@ -126,6 +126,13 @@ def test_a_sweep_writes_its_report_and_it_can_be_made_again(here, call) -> None:
     assert [tag for tag, _ in found.tags].count("circle") == 4, "two configurations against size and time"
 
 
+def test_a_sweep_in_the_place_of_a_run_is_told(here, call) -> None:
+    (sweep,) = Path("runs").glob("*_sweep_*")
+    answer = call("report", f"run={sweep}")
+    assert answer.code == 2
+    assert f"its runs are {sweep}/0 and so on, and lora report takes sweep={sweep}" in answer.err
+
+
 def test_what_a_run_says_of_itself_stays_text(here, call, tmp_path, monkeypatch) -> None:
     run = shutil.copytree(here / "runs" / "dora", tmp_path / "run")
     facts = json.loads((run / "run.json").read_text())
@@ -152,9 +159,14 @@ def test_what_a_run_says_of_itself_stays_text(here, call, tmp_path, monkeypatch)
         (["diff", "run=runs/dora"], "other: needs a value"),
         (["diff", "run=runs/dora", "other=nope"], "nope"),
         (["diff", "run=runs/dora", "other=runs/dora/adapter"], "an adapter without its run"),
-        (["report"], "give run=FOLDER or sweep=FOLDER, one of them"),
+        (["report"], "report: run: give run=FOLDER or sweep=FOLDER, one of them"),
         (["report", "run=a", "sweep=b"], "give run=FOLDER or sweep=FOLDER, one of them"),
         (["report", "sweep=nope"], "nope"),
+        (["report", "sweep=runs/dora"], "sweep=runs/dora: a run, not a sweep: run=runs/dora"),
+        (
+            ["report", "run=runs/dora", "output=train.csv/page.html"],
+            "train.csv/page.html: File exists; output=FILE",
+        ),
         (["report", "run=runs/dora", "output=train.csv"], "output=train.csv: holds something else than a page"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
