@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.markup import escape
@@ -14,11 +15,16 @@ from lora_cli.errors import printable
 from lora_cli.report_page import sweep_page
 from lora_cli.runs.leaderboard import Board, Configuration, boards, write_leaderboard
 from lora_cli.runs.sweep import DONE, SweepJob, read_jobs, write_command
-from lora_cli.screen import Screen, count, significant
+from lora_cli.screen import Screen, count, short, significant
 
 __all__ = ["conclude"]
 
 _MAX_SENTENCES = 8
+_MAX_WORD = 40
+"""Characters of a key and its value that are not parted."""
+_GAP = 2
+_DISPENSABLE = ("on disk", "memory", "time", "trains")
+"""Columns that go, in this order, where a terminal is too narrow for all."""
 _LEGEND = "; p: paired bootstrap against the first; * no other is as good, as small and as fast"
 
 
@@ -34,8 +40,8 @@ def conclude(folder: Path, command: str, screen: Screen) -> bool:
     if found:
         write_leaderboard(folder, found)
         write_atomic(folder / "report.html", sweep_page(folder, jobs, found))
-    for board in found:
-        screen.show(_leaderboard(board, several=len(found) > 1))
+    for board in map(_for_people, found):
+        screen.show(_leaderboard(board, several=len(found) > 1, width=screen.width))
         screen.line(f"{board.split}/{board.metric}{_LEGEND if len(board.rows) > 1 else ''}")
         said = board.sentences
         screen.line("".join(f"\n{sentence}" for sentence in said[:_MAX_SENTENCES]))
@@ -53,27 +59,45 @@ def conclude(folder: Path, command: str, screen: Screen) -> bool:
     return not missing
 
 
-def _leaderboard(board: Board, *, several: bool) -> Table:
-    title = f"{board.task}: " if several else ""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("", no_wrap=True)
-    table.add_column(escape(f"{title}configuration"), overflow="fold")
-    for head in (board.metric, "seeds", "p", "trains", "on disk", "memory", "time"):
-        table.add_column(escape(head), justify="right", no_wrap=True)
-    for rank, row in enumerate(board.rows, 1):
-        costs = row.costs
-        table.add_row(
-            f"{rank}{' *' if row.on_front else ''}",
-            escape(printable(row.title, 80)) or "as it is",
-            _value(row),
-            str(len(row.values)),
-            "" if rank == 1 else chance(row.p),
-            count(costs["trainable"]),
-            size(costs["adapter_bytes"]),
-            size(costs["peak_memory_mib"] * 2**20),
-            seconds(costs["train_s"]),
-            style="bold" if rank == 1 else "",
-        )
+def _for_people(board: Board) -> Board:
+    """`board` with what sets its rows apart only, and with drawn values rounded."""
+    first, *others = board.rows
+    shared = [key for key, value in first.keys.items() if others and all(row.keys.get(key) == value for row in others)]
+    rows = []
+    for row in board.rows:
+        keys = {key: short(value) for key, value in row.keys.items() if key not in shared}
+        rows.append(replace(row, keys=keys))
+    return replace(board, rows=rows)
+
+
+def _leaderboard(board: Board, *, several: bool, width: int) -> Table:
+    named = f"{board.task}: configuration" if several else "configuration"
+    costs = [row.costs for row in board.rows]
+    columns = {
+        "": [f"{rank}{' *' if row.on_front else ''}" for rank, row in enumerate(board.rows, 1)],
+        named: [printable(row.title, 80) or "as it is" for row in board.rows],
+        board.metric: [_value(row) for row in board.rows],
+        "seeds": [str(len(row.values)) for row in board.rows],
+        "p": ["", *(chance(row.p) for row in board.rows[1:])],
+        "trains": [count(each["trainable"]) for each in costs],
+        "on disk": [size(each["adapter_bytes"]) for each in costs],
+        "memory": [size(each["peak_memory_mib"] * 2**20) for each in costs],
+        "time": [seconds(each["train_s"]) for each in costs],
+    }
+    # A configuration goes on in the next line between two keys, but not within one.
+    widest = {head: max(map(len, (head, *cells))) for head, cells in columns.items()}
+    widest[named] = min(max(len(word) for cell in (named, *columns[named]) for word in cell.split()), _MAX_WORD)
+    for head in _DISPENSABLE:
+        if sum(widest.values()) + _GAP * (len(widest) - 1) > width:
+            del columns[head], widest[head]
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, _GAP, 0, 0))
+    for head in columns:
+        if head == named:
+            table.add_column(escape(head), overflow="fold", min_width=widest[head])
+        else:
+            table.add_column(escape(head), justify="right" if head else "left", no_wrap=True)
+    for rank, cells in enumerate(zip(*columns.values(), strict=True), 1):
+        table.add_row(*map(escape, cells), style="bold" if rank == 1 else "")
     return table
 
 
