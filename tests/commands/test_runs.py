@@ -151,6 +151,44 @@ def test_what_a_run_says_of_itself_stays_text(here, call, tmp_path, monkeypatch)
     assert nasty in found.text
 
 
+@pytest.fixture
+def damaged(here: Path, tmp_path: Path, monkeypatch):
+    """A copy of a run beside the run, with a file of it that holds no text any more."""
+
+    def damage(file: str) -> None:
+        for name in ("whole", "cut"):
+            shutil.copytree(here / "runs" / "dora", tmp_path / "runs" / name)
+        (tmp_path / "runs" / "cut" / file).write_bytes(b"\xff")
+        monkeypatch.chdir(tmp_path)
+
+    return damage
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "predictions/validation.jsonl"])
+def test_a_page_without_what_is_damaged_says_so(file: str, damaged, call) -> None:
+    damaged(file)
+    answer = call("report", "run=runs/cut")
+    assert answer.code == 0
+    (line,) = answer.err.splitlines()
+    assert f"runs/cut/{file}: not readable" in line
+    assert line.endswith("the page is without it")
+
+
+def test_damaged_predictions_leave_the_rest_of_a_comparison(damaged, call) -> None:
+    damaged("predictions/validation.jsonl")
+    answer = call("diff", "run=runs/cut", "other=runs/whole")
+    assert answer.code == 0
+    assert "training   equal to the last bit at every step" in answer.out
+    assert "runs/cut/predictions/validation.jsonl: not readable" in answer.err
+
+
+def test_damaged_figures_are_told_before_anything_is_compared(damaged, call) -> None:
+    damaged("metrics.jsonl")
+    answer = call("diff", "run=runs/whole", "other=runs/cut")
+    assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
+    assert "runs/cut/metrics.jsonl: not readable" in answer.err
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
