@@ -12,6 +12,7 @@ from rich.table import Table
 from lora_cli.comparison_view import chance, seconds, size
 from lora_cli.disk import write_atomic
 from lora_cli.errors import printable
+from lora_cli.fitted_table import fitted_table
 from lora_cli.report_page import sweep_page
 from lora_cli.runs.leaderboard import Board, Configuration, boards, write_leaderboard
 from lora_cli.runs.sweep import DONE, SweepJob, read_jobs, write_command
@@ -20,11 +21,8 @@ from lora_cli.screen import Screen, count, short, significant
 __all__ = ["conclude"]
 
 _MAX_SENTENCES = 8
-_MAX_WORD = 40
-"""Characters of a key and its value that are not parted."""
-_GAP = 2
-_DISPENSABLE = ("on disk", "memory", "time", "trains")
-"""Columns that go, in this order, where a terminal is too narrow for all."""
+_SPARE = ("on disk", "memory", "time", "trains")
+"""Columns that a narrow terminal can do without."""
 _LEGEND = "; p: paired bootstrap against the first; * no other is as good, as small and as fast"
 
 
@@ -84,21 +82,8 @@ def _leaderboard(board: Board, *, several: bool, width: int) -> Table:
         "memory": [size(each["peak_memory_mib"] * 2**20) for each in costs],
         "time": [seconds(each["train_s"]) for each in costs],
     }
-    # A configuration goes on in the next line between two keys, but not within one.
-    widest = {head: max(map(len, (head, *cells))) for head, cells in columns.items()}
-    widest[named] = min(max(len(word) for cell in (named, *columns[named]) for word in cell.split()), _MAX_WORD)
-    for head in _DISPENSABLE:
-        if sum(widest.values()) + _GAP * (len(widest) - 1) > width:
-            del columns[head], widest[head]
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, _GAP, 0, 0))
-    for head in columns:
-        if head == named:
-            table.add_column(escape(head), overflow="fold", min_width=widest[head])
-        else:
-            table.add_column(escape(head), justify="right" if head else "left", no_wrap=True)
-    for rank, cells in enumerate(zip(*columns.values(), strict=True), 1):
-        table.add_row(*map(escape, cells), style="bold" if rank == 1 else "")
-    return table
+    styles = ["bold", *[""] * (len(board.rows) - 1)]
+    return fitted_table(columns, width, folds=named, left=[""], spare=_SPARE, styles=styles)
 
 
 def _value(row: Configuration) -> str:

@@ -24,7 +24,7 @@ LAYERS = (
     ),
     ("plain_attention",),
     (
-        *("checkpointing", "compiled", "isolation", "late_logits", "row_attention", "screen"),
+        *("checkpointing", "compiled", "fitted_table", "isolation", "late_logits", "row_attention", "screen"),
         *("terminal", "tokenizer", "trackers", "words"),
     ),
     ("options",),

@@ -61,6 +61,20 @@ def test_runs_are_chosen_and_sorted(here, call) -> None:
     assert "1 of 3 runs; limit=0 shows all" in limited.out
 
 
+def test_runs_of_one_task_and_model_tell_what_sets_them_apart(here, call, tmp_path, monkeypatch) -> None:
+    for name in ("2026-11-29_films_tiny-bert_r8_1a2b3c4d", "2026-11-29_films_tiny-bert_r8_5e6f7a8b"):
+        shutil.copytree(here / "runs" / "dora", tmp_path / "runs" / name)
+    file = tmp_path / "runs" / name / "config.yaml"
+    file.write_text(file.read_text().replace("\nseed: 0", "\nseed: 7"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [line.split()[:4] for line in call("runs", "where.name=films").out.splitlines()[2:]]
+    assert sorted(rows) == [
+        ["2026-11-29_films_tiny-bert_r8_1a2b3c4d", "dora", "r=8", "seed=0"],
+        ["2026-11-29_films_tiny-bert_r8_5e6f7a8b", "dora", "r=8", "seed=7"],
+    ]
+
+
 def test_a_damaged_run_is_listed_as_that(here, call, tmp_path, monkeypatch) -> None:
     shutil.copytree(here / "runs" / "dora", tmp_path / "runs" / "cut")
     (tmp_path / "runs" / "cut" / "run.json").write_text("{")
