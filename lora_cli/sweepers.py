@@ -30,6 +30,8 @@ __all__ = ["Search"]
 
 _STUDY = "study"
 _JOURNAL = "study.jsonl"
+_SEEDS = 2**31
+"""Half of what a sampler takes, as each start of a study adds to it."""
 _MAX_FAILED = 5
 """Failures in a row after which a search ends: more of them would teach it nothing."""
 
@@ -48,6 +50,10 @@ class Search(Sweeper):
     def __init__(self, trials: int = 20, seed: int = 0, prune: bool = True) -> None:
         if type(trials) is not int or trials < 1:
             raise ConfigError("hydra.sweeper.trials", trials, "a whole number, 1 or more")
+        if type(seed) is not int or not 0 <= seed < _SEEDS:
+            raise ConfigError("hydra.sweeper.seed", seed, f"a whole number from 0 to {_SEEDS - 1}")
+        if type(prune) is not bool:
+            raise ConfigError("hydra.sweeper.prune", prune, "true or false")
         self._trials, self._seed, self._prune = trials, seed, prune
         self._config: Any = None
         self._launcher: Any = None

@@ -78,6 +78,8 @@ def test_what_is_hopeless_is_stopped_and_costs_nobody_the_exit_code(films: Path,
     [
         (["seed=1"], "nothing is left open"),
         (["lora.r=2,4", "hydra.sweeper.trials=0"], "train: hydra.sweeper.trials=0: a whole number, 1 or more"),
+        (["lora.r=2,4", "hydra.sweeper.seed=x"], "train: hydra.sweeper.seed=x: a whole number from 0 to 2147483647"),
+        (["lora.r=2,4", "hydra.sweeper.prune=maybe"], "train: hydra.sweeper.prune=maybe: true or false"),
         (["train.lr=tag(log,interval(0,1))"], "train.lr"),
         (["train.lr=interval(1e-2,1e-4)"], "train.lr=interval(1e-2,1e-4): the lower end comes first"),
         (
