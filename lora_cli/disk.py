@@ -49,6 +49,10 @@ def atomic_file(target: Path) -> Iterator[Path]:
         _sync(temporary)
         temporary.replace(target)
         _sync(target.parent)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(target)  # The name that a person knows.
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

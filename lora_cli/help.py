@@ -1,4 +1,4 @@
-"""What `lora --help` and `lora <verb> --help` print, read from the specs. Knows neither Hydra nor torch."""
+"""What `lora --help` and `lora <verb> --help` print, read from the specs. Knows nothing of torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import ast
 import dataclasses
 import functools
 import inspect
+import pkgutil
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 
 from lora_cli import __version__, spec
-from lora_cli.options import group_options
+from lora_cli.options import PLUG_INS, group_options, own_plug_ins, plug_ins
 
 __all__ = ["Key", "keys_of", "print_overview", "print_verb"]
 
@@ -68,6 +69,8 @@ def print_verb(verb: str, words: Sequence[str] = ()) -> None:
             print("\n" + _strong(section or "run"))
         left = f"  {key.name:26} {key.type:22} {key.default:>14}  "
         print(_wrapped(left, key.help))
+    if verb == "train":
+        _print_sweeping()
 
 
 def keys_of(schema: type) -> Iterator[Key]:
@@ -80,6 +83,20 @@ def keys_of(schema: type) -> Iterator[Key]:
         for key in (key for inner in schemas for key in _section(name, name + ".", inner)):
             shared.setdefault(key.name, key)
         yield from shared.values()
+
+
+def _print_sweeping() -> None:
+    """What -m takes besides the keys: how jobs are run, and how they are chosen."""
+    print(
+        "\n" + _strong("hydra") + "  (how -m runs the jobs, which hydra/launcher=isolated does unless another is named)"
+    )
+    for kind in PLUG_INS:
+        print(_wrapped(f"  {f'hydra/{kind}':26} ", ", ".join(sorted(plug_ins(kind)))))
+    for kind in PLUG_INS:
+        for name, (target, settings) in own_plug_ins(kind).items():
+            typed = [f"hydra.{kind}.{key}={_shown(value)}" for key, value in settings.items()]
+            about = (pkgutil.resolve_name(target).__doc__ or "").splitlines()[0]
+            print(_wrapped(f"  {f'hydra/{kind}={name}':26} ", f"{about} {', '.join(typed)}"))
 
 
 def _section(section: str, prefix: str, schema: type) -> Iterator[Key]:
@@ -103,9 +120,12 @@ def _default(field: dataclasses.Field[object]) -> str:
         return "(needed)"
     if isinstance(value, list):
         return "[" + ",".join(map(str, value)) + "]"
-    if isinstance(value, bool) or value is None:
-        return str(value).lower().replace("none", "null")
-    return "{}" if isinstance(value, dict) else str(value)
+    return "{}" if isinstance(value, dict) else _shown(value)
+
+
+def _shown(value: object) -> str:
+    """A value as it is typed."""
+    return str(value).lower().replace("none", "null") if isinstance(value, bool) or value is None else str(value)
 
 
 @functools.cache

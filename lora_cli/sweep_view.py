@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.markup import escape
@@ -11,14 +12,17 @@ from rich.table import Table
 from lora_cli.comparison_view import chance, seconds, size
 from lora_cli.disk import write_atomic
 from lora_cli.errors import printable
+from lora_cli.fitted_table import fitted_table
 from lora_cli.report_page import sweep_page
 from lora_cli.runs.leaderboard import Board, Configuration, boards, write_leaderboard
 from lora_cli.runs.sweep import DONE, SweepJob, read_jobs, write_command
-from lora_cli.screen import Screen, count, significant
+from lora_cli.screen import Screen, count, short, significant
 
 __all__ = ["conclude"]
 
 _MAX_SENTENCES = 8
+_SPARE = ("on disk", "memory", "time", "trains")
+"""Columns that a narrow terminal can do without."""
 _LEGEND = "; p: paired bootstrap against the first; * no other is as good, as small and as fast"
 
 
@@ -34,8 +38,8 @@ def conclude(folder: Path, command: str, screen: Screen) -> bool:
     if found:
         write_leaderboard(folder, found)
         write_atomic(folder / "report.html", sweep_page(folder, jobs, found))
-    for board in found:
-        screen.show(_leaderboard(board, several=len(found) > 1))
+    for board in map(_for_people, found):
+        screen.show(_leaderboard(board, several=len(found) > 1, width=screen.width))
         screen.line(f"{board.split}/{board.metric}{_LEGEND if len(board.rows) > 1 else ''}")
         said = board.sentences
         screen.line("".join(f"\n{sentence}" for sentence in said[:_MAX_SENTENCES]))
@@ -53,28 +57,33 @@ def conclude(folder: Path, command: str, screen: Screen) -> bool:
     return not missing
 
 
-def _leaderboard(board: Board, *, several: bool) -> Table:
-    title = f"{board.task}: " if several else ""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("", no_wrap=True)
-    table.add_column(escape(f"{title}configuration"), overflow="fold")
-    for head in (board.metric, "seeds", "p", "trains", "on disk", "memory", "time"):
-        table.add_column(escape(head), justify="right", no_wrap=True)
-    for rank, row in enumerate(board.rows, 1):
-        costs = row.costs
-        table.add_row(
-            f"{rank}{' *' if row.on_front else ''}",
-            escape(printable(row.title, 80)) or "as it is",
-            _value(row),
-            str(len(row.values)),
-            "" if rank == 1 else chance(row.p),
-            count(costs["trainable"]),
-            size(costs["adapter_bytes"]),
-            size(costs["peak_memory_mib"] * 2**20),
-            seconds(costs["train_s"]),
-            style="bold" if rank == 1 else "",
-        )
-    return table
+def _for_people(board: Board) -> Board:
+    """`board` with what sets its rows apart only, and with drawn values rounded."""
+    first, *others = board.rows
+    shared = [key for key, value in first.keys.items() if others and all(row.keys.get(key) == value for row in others)]
+    rows = []
+    for row in board.rows:
+        keys = {key: short(value) for key, value in row.keys.items() if key not in shared}
+        rows.append(replace(row, keys=keys))
+    return replace(board, rows=rows)
+
+
+def _leaderboard(board: Board, *, several: bool, width: int) -> Table:
+    named = f"{board.task}: configuration" if several else "configuration"
+    costs = [row.costs for row in board.rows]
+    columns = {
+        "": [f"{rank}{' *' if row.on_front else ''}" for rank, row in enumerate(board.rows, 1)],
+        named: [printable(row.title, 80) or "as it is" for row in board.rows],
+        board.metric: [_value(row) for row in board.rows],
+        "seeds": [str(len(row.values)) for row in board.rows],
+        "p": ["", *(chance(row.p) for row in board.rows[1:])],
+        "trains": [count(each["trainable"]) for each in costs],
+        "on disk": [size(each["adapter_bytes"]) for each in costs],
+        "memory": [size(each["peak_memory_mib"] * 2**20) for each in costs],
+        "time": [seconds(each["train_s"]) for each in costs],
+    }
+    styles = ["bold", *[""] * (len(board.rows) - 1)]
+    return fitted_table(columns, width, folds=named, left=[""], spare=_SPARE, styles=styles)
 
 
 def _value(row: Configuration) -> str:

@@ -22,14 +22,16 @@ from lora_cli.errors import ConfigError, RunError
 from lora_cli.launchers import Isolated
 from lora_cli.runs.difference import read_metrics
 from lora_cli.runs.sweep import read_jobs, record
-from lora_cli.screen import Screen, significant
-from lora_cli.spec import LOSS_DOWNWARDS, TrainRun
+from lora_cli.screen import Screen, short, significant
+from lora_cli.spec import LOSS_DOWNWARDS
 from lora_cli.words import without_hydras
 
 __all__ = ["Search"]
 
 _STUDY = "study"
 _JOURNAL = "study.jsonl"
+_SEEDS = 2**31
+"""Half of what a sampler takes, as each start of a study adds to it."""
 _MAX_FAILED = 5
 """Failures in a row after which a search ends: more of them would teach it nothing."""
 
@@ -48,6 +50,10 @@ class Search(Sweeper):
     def __init__(self, trials: int = 20, seed: int = 0, prune: bool = True) -> None:
         if type(trials) is not int or trials < 1:
             raise ConfigError("hydra.sweeper.trials", trials, "a whole number, 1 or more")
+        if type(seed) is not int or not 0 <= seed < _SEEDS:
+            raise ConfigError("hydra.sweeper.seed", seed, f"a whole number from 0 to {_SEEDS - 1}")
+        if type(prune) is not bool:
+            raise ConfigError("hydra.sweeper.prune", prune, "true or false")
         self._trials, self._seed, self._prune = trials, seed, prune
         self._config: Any = None
         self._launcher: Any = None
@@ -75,7 +81,7 @@ class Search(Sweeper):
         folder = Path(self._config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self._config, folder / "multirun.yaml")
-        metric, split = self._goal(fixed, space)
+        split, metric = self._goal(fixed, space)
         study = self._study(optuna, folder, metric)
         at_a_time = int(self._config.hydra.launcher.get("n_jobs", 1))
         failed = 0
@@ -85,15 +91,30 @@ class Search(Sweeper):
             self._try(optuna, study, trials, fixed, metric)
             failed = failed + len(trials) if _counted(optuna, study) == before else 0
         if study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
-            values = " ".join(f"{key}={value}" for key, value in study.best_trial.params.items())
+            values = " ".join(f"{key}={short(value)}" for key, value in study.best_trial.params.items())
             text = f"job {study.best_trial.number}: {values}, {split}/{metric} {significant(study.best_value, 4)}"
             self._screen.fact("best", text)
 
     def _goal(self, fixed: Sequence[str], space: Mapping[str, Any]) -> tuple[str, str]:
-        """The metric that decides, and its split; values of what is open are any, as long as they do."""
-        first = [f"{key}={_first(distribution)}" for key, distribution in space.items()]
-        spec: TrainRun = compose("train", [*without_hydras(fixed), *first])
-        return spec.task.metrics[0], spec.task.split
+        """The split and the metric that decide; values of what is open are any, as long as they do.
+
+        Raises:
+            ConfigError: a key is open whose values are scored by different ones.
+        """
+        first = {key: _first(distribution) for key, distribution in space.items()}
+
+        def goal_with(values: dict[str, Any]) -> tuple[str, str]:
+            words = [f"{key}={value}" for key, value in (first | values).items()]
+            task = compose("train", [*without_hydras(fixed), *words]).task
+            return task.split, task.metrics[0]
+
+        goal = goal_with({})
+        for key in (key for key in space if key.partition(".")[0] in ("task", "recipe")):
+            for value in getattr(space[key], "choices", ()):
+                if (other := goal_with({key: value})) != goal:
+                    scored = f"{first[key]} by {'/'.join(goal)}, {value} by {'/'.join(other)}"
+                    raise ConfigError(key, ",".join(space[key].choices), f"a search has one metric: {scored}")
+        return goal
 
     def _study(self, optuna: Any, folder: Path, metric: str) -> Any:
         """The study in the folder; what was being tried when it was interrupted is tried again first."""
@@ -150,18 +171,20 @@ def _is_hopeless(study: Any, trial: Any, path: Path, metric: str) -> bool:
 
 def _distribution(optuna: Any, swept: Override) -> Any:
     """What is open of a key."""
-    value = swept.value()
+    value, key, typed = swept.value(), swept.get_key_element(), str(swept.input_line).partition("=")[2]
     if not isinstance(value, IntervalSweep):
         return optuna.distributions.CategoricalDistribution(list(swept.sweep_string_iterator()))
     log = "log" in value.tags
     assert value.start is not None
     assert value.end is not None
+    if value.start > value.end:
+        raise ConfigError(key, typed, "the lower end comes first")
     try:
         if isinstance(value.start, int) and isinstance(value.end, int):
             return optuna.distributions.IntDistribution(value.start, value.end, log=log)
         return optuna.distributions.FloatDistribution(value.start, value.end, log=log)
     except ValueError as error:
-        raise ConfigError(swept.get_key_element(), str(swept.input_line).partition("=")[2], str(error)) from error
+        raise ConfigError(key, typed, str(error)) from error
 
 
 def _first(distribution: Any) -> Any:

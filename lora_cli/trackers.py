@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +13,10 @@ from lora_cli.errors import ConfigError
 from lora_cli.spec import TrackerSpec
 
 __all__ = ["Tracker", "check_tracker", "open_tracker"]
+
+
+_MLFLOW_PARAMS, _MLFLOW_KEY, _MLFLOW_VALUE = 100, 250, 500
+"""Parameters in one request, and characters of each: what every server takes (newer ones take longer values)."""
 
 
 class Tracker(Protocol):
@@ -62,11 +68,26 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return named | {key: str(value) if isinstance(value, Sequence) else value for key, value in known.items()}
 
 
+def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """Every key by its dotted name, with its value as text."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", str(value)
+
+
+def _name(folder: Path) -> str:
+    """The run's name; a job of a sweep has only a number of its own."""
+    path = folder.resolve()
+    return f"{path.parent.name}/{path.name}" if path.name.isdigit() else path.name
+
+
 class _Wandb:
     def __init__(self, spec: TrackerSpec, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb
 
-        self._run: Any = wandb.init(project=spec.project, name=folder.name, dir=str(folder), config=dict(config))
+        self._run: Any = wandb.init(project=spec.project, name=_name(folder), dir=str(folder), config=dict(config))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -81,7 +102,12 @@ class _MLflow:
 
         mlflow.set_experiment(spec.project)
         self._mlflow: Any = mlflow
-        mlflow.start_run(run_name=folder.name)
+        mlflow.start_run(run_name=_name(folder))
+        # Patterns of layers are keys too, and hold what its names may not.
+        named = {re.sub(r"[^\w.-]", "_", key)[:_MLFLOW_KEY]: value[:_MLFLOW_VALUE] for key, value in _flat(config)}
+        params = iter(named.items())
+        while batch := dict(islice(params, _MLFLOW_PARAMS)):
+            mlflow.log_params(batch)
         mlflow.log_dict(dict(config), "config.json")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

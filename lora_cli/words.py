@@ -13,8 +13,8 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
-from lora_cli.errors import ConfigError, UserError
-from lora_cli.spec import nested_specs
+from lora_cli.errors import ConfigError, UserError, nearest, printable
+from lora_cli.spec import all_keys, nested_specs
 
 __all__ = ["config_dirs", "is_sweep", "prepare", "sweep_folder", "take_literals", "value_of", "without_hydras"]
 
@@ -47,7 +47,7 @@ def prepare(words: Sequence[str], root: type) -> list[str]:
     Raises:
         UserError: a flag that does not exist, or lacks its value.
     """
-    return _flags_first(_opened(words, root))
+    return _flags_first(_opened(words, root), root)
 
 
 def take_literals(words: Sequence[str], names: Collection[str] = ()) -> tuple[dict[str, str], list[str]]:
@@ -125,7 +125,7 @@ def _swept_keys(words: Sequence[str]) -> list[str]:
     return [re.sub(r"[^A-Za-z0-9]+", "", re.split(r"[./]", key)[-1]) for key in keys][:_MAX_NAMED]
 
 
-def _flags_first(words: Sequence[str]) -> list[str]:
+def _flags_first(words: Sequence[str], root: type) -> list[str]:
     """Flags, then `--`, then overrides: argparse takes only one block of overrides."""
     flags: list[str] = []
     overrides: list[str] = []
@@ -135,7 +135,7 @@ def _flags_first(words: Sequence[str]) -> list[str]:
             overrides.append(word)
             continue
         if word.split("=")[0] not in _FLAGS:
-            raise UserError(f"{word}: no such flag; there are {', '.join(sorted(_FLAGS - _HYDRA_ONLY))} and --help")
+            raise _no_such_flag(word, root)
         flags.append(word)
         if word in _FLAGS_WITH_VALUE:
             flags.append(next(rest, ""))
@@ -145,6 +145,15 @@ def _flags_first(words: Sequence[str]) -> list[str]:
                 raise ConfigError(word, flags[-1], allowed)
     sweeping = not _SWEEPING.isdisjoint(flags)
     return [*flags, *(["--", *(_quoted(word, sweeping) for word in overrides)] if overrides else [])]
+
+
+def _no_such_flag(word: str, root: type) -> UserError:
+    """Other programs have flags where a verb of ours with the config `root` has keys."""
+    keys, name = all_keys(root), printable(word.split("=")[0], 60)
+    flags = sorted(_FLAGS - _HYDRA_ONLY | {f"--{key}" for key in keys if key == "json"})
+    near = nearest(name.lstrip("-"), keys)
+    hint = f" Did you mean {f'--{near}' if near == 'json' else f'{near}='}?" if near else ""
+    return UserError(f"{name}: no such flag.{hint} There are {', '.join(flags)} and --help")
 
 
 def _opened(words: Sequence[str], root: type) -> list[str]:

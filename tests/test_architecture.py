@@ -24,7 +24,7 @@ LAYERS = (
     ),
     ("plain_attention",),
     (
-        *("checkpointing", "compiled", "isolation", "late_logits", "row_attention", "screen"),
+        *("checkpointing", "compiled", "fitted_table", "isolation", "late_logits", "row_attention", "screen"),
         *("terminal", "tokenizer", "trackers", "words"),
     ),
     ("options",),
@@ -157,7 +157,7 @@ def test_each_thing_is_said_in_one_place(path: Path) -> None:
     roots = {module.split(".")[0] for module in imported(ast.walk(tree))}
     assert "peft" not in roots
     assert not roots & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
-    if name not in ("config", "misconfigured", "help", "launchers", "sweepers"):
+    if name not in ("config", "misconfigured", "options", "launchers", "sweepers"):
         assert not roots & {"hydra", "omegaconf"}, "only config.py and Hydra's own plugins see a DictConfig"
     words = list(strings(tree))
     if name not in ("engine/device", "spec/names"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -25,6 +26,12 @@ def test_a_file_half_written_leaves_the_old_one(tmp_path: Path) -> None:
         fail()
     assert target.read_text() == "old"
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_file_that_cannot_be_written_is_told_by_its_own_name(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"report\.html") as refusal, atomic_file(tmp_path / "report.html") as temporary:
+        raise OSError(errno.EROFS, "Read-only file system", str(temporary))
+    assert refusal.value.filename == str(tmp_path / "report.html")
 
 
 def test_a_folder_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:

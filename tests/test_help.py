@@ -58,6 +58,15 @@ def test_a_verbs_help_lists_every_key_once_with_type_default_and_help(verb: str,
         assert key.help in line
 
 
+def test_the_help_of_train_says_how_a_sweep_is_run(call, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    said = call("train", "--help").out
+    assert "hydra/launcher=fused       Jobs with the same base model" in said
+    for setting in ("hydra.launcher.n_jobs=1", "hydra.launcher.mixed=null", "hydra.sweeper.trials=20"):
+        assert setting in said
+    assert "basic, optuna" in said
+
+
 def test_help_wins_over_what_stands_beside_it(call) -> None:
     assert call("train", "lora.r=nonsense", "--help").code == 0
     assert call("train", "-h", "--foo").code == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +35,15 @@ def run(spec: DiffRun, *, directory: Path | None = None, overrides: Sequence[str
         if is_bare_adapter(each.path):
             raise RunError(f"{each.path}: an adapter without its run; there is nothing to compare it by")
         each.check_plain()
+    # A damaged file is found before half of an answer has been given.
+    apart = f"\n{_data(ours, theirs)}\n{_training(ours, theirs)}\n{_versions(ours, theirs)}"
     screen.show(_configuration(ours, theirs), _metrics(ours, theirs))
-    screen.line(f"\n{_data(ours, theirs)}\n{_training(ours, theirs)}\n{_versions(ours, theirs)}")
+    screen.line(apart)
     for split in sorted(ours.facts().get("metrics", {}).keys() & theirs.facts().get("metrics", {}).keys()):
-        with suppress(RunError):
+        try:
             _predictions(ours, theirs, split, spec.examples, screen)
+        except RunError as error:
+            screen.warning(f"{error}; compared without predictions of {split}")
 
 
 def _configuration(ours: RunDirectory, theirs: RunDirectory) -> Table:

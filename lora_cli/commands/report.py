@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-from lora_cli.disk import write_atomic
+from lora_cli.disk import shown, write_atomic
 from lora_cli.errors import ConfigError, RunError
 from lora_cli.report_page import run_page, sweep_page
+from lora_cli.runs.difference import read_metrics
 from lora_cli.runs.directory import RunDirectory
 from lora_cli.runs.leaderboard import boards
+from lora_cli.runs.predictions import read_predictions
 from lora_cli.runs.registry import find_run, is_bare_adapter
 from lora_cli.runs.sweep import find_sweep, read_jobs
 from lora_cli.screen import Screen
@@ -35,8 +39,26 @@ def run(spec: ReportRun, *, directory: Path | None = None, overrides: Sequence[s
             raise RunError(f"{folder}: an adapter without its run; there is nothing to report")
         RunDirectory(folder).check_plain()
         text = run_page(RunDirectory(folder), spec.examples)
+        for fault in _damage(RunDirectory(folder)):
+            Screen().warning(f"{fault}; the page is without it")
     target = Path(spec.output) if spec.output else folder / "report.html"
     if target.exists() and not target.read_bytes().startswith(b"<!doctype html>"):
         raise ConfigError("output", str(target), "holds something else than a page; choose another file")
-    write_atomic(target, text)
+    try:
+        write_atomic(target, text)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise RunError(f"{shown(target)}: {error.strerror}; output=FILE writes it elsewhere") from error
     Screen().line(str(target))
+
+
+def _damage(run: RunDirectory) -> Iterator[str]:
+    """What is wrong with the records of a run that has been scored."""
+    splits = run.facts().get("metrics", {})
+    reading = [partial(read_metrics, run.path), *(partial(read_predictions, run, split) for split in splits)]
+    for read in reading if splits else ():
+        try:
+            read()
+        except RunError as error:
+            yield str(error)

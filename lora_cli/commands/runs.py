@@ -7,20 +7,22 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from lora_cli.comparison_view import seconds
 from lora_cli.errors import printable
+from lora_cli.fitted_table import fitted_table
+from lora_cli.runs.directory import read_saved_config, result_keys
 from lora_cli.runs.registry import all_runs
 from lora_cli.runs.summary import Summary, summary
-from lora_cli.screen import Screen, count, significant
+from lora_cli.screen import Screen, count, short, significant
 from lora_cli.spec import RunsRun
 
 __all__ = ["run"]
 
-_WIDE = 110
-"""Columns of a terminal that has room for task and model."""
+_DIFFERS = "differs"
+_SPARE = ("model", "task", "trains", "time")
+"""Columns that a narrow terminal can do without."""
 
 
 def run(spec: RunsRun, *, directory: Path | None = None, overrides: Sequence[str] = ()) -> None:
@@ -36,8 +38,7 @@ def run(spec: RunsRun, *, directory: Path | None = None, overrides: Sequence[str
     if not shown:
         screen.warning("no run is like that" if known else "there are no runs under runs/ yet; lora train makes one")
         return
-    # The folder's name mostly says what they are.
-    screen.show(_table(shown, with_task=screen.width >= _WIDE))
+    screen.show(_table(shown, screen.width))
     if len(shown) < len(found):
         screen.line(f"\n{len(shown)} of {len(found)} runs; limit=0 shows all")
 
@@ -48,25 +49,42 @@ def _is_wanted(each: Summary, spec: RunsRun) -> bool:
     return all(wanted in (None, found) for wanted, found in pairs) and (where.name or "") in each.path
 
 
-def _table(runs: Sequence[Summary], *, with_task: bool) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("run", overflow="fold")
-    for head in ("task", "model", "method") if with_task else ("method",):
-        table.add_column(head, overflow="fold")
-    for head in ("metric", "trains", "time"):
-        table.add_column(head, justify="right", no_wrap=True)
+def _table(runs: Sequence[Summary], width: int) -> Table:
+    differing = _differing(runs)
+    texts = {
+        "run": [printable(each.path.removeprefix("runs/"), 90) for each in runs],
+        # The folder's name mostly says what they are.
+        "task": [printable(each.task or "–", 30) for each in runs],
+        "model": [printable(each.model or "–", 30) for each in runs],
+        "method": [printable(each.method or "–", 30) for each in runs],
+    }
+    if differing:
+        del texts["task"], texts["model"]
+    figures = {
+        "metric": [_metric(each) for each in runs],
+        "trains": ["–" if each.parameters is None else count(each.parameters) for each in runs],
+        "time": ["–" if each.train_s is None else seconds(each.train_s) for each in runs],
+    }
     # What is not finished stands out where nearly everything is.
-    table.add_column("" if all(each.status == "finished" for each in runs) else "status", no_wrap=True)
-    for each in runs:
-        known = (each.task, each.model, each.method) if with_task else (each.method,)
-        metric = f"{(each.metric or '').rpartition('/')[2]} {significant(each.value)}"
-        table.add_row(
-            escape(printable(each.path.removeprefix("runs/"), 90)),
-            *(escape(printable(text or "–", 30)) for text in known),
-            metric if each.value is not None else "–",
-            "–" if each.parameters is None else count(each.parameters),
-            "–" if each.train_s is None else seconds(each.train_s),
-            "" if each.status == "finished" else each.status,
-            style="" if each.status == "finished" else "dim",
-        )
-    return table
+    status = ["" if each.status == "finished" else each.status for each in runs]
+    state = {"status": status} if any(status) else {}
+    columns = texts | ({_DIFFERS: differing} if differing else {}) | figures | state
+    styles = ["dim" if text else "" for text in status]
+    return fitted_table(columns, width, folds=_DIFFERS, left=[*texts, "status"], spare=_SPARE, styles=styles)
+
+
+def _metric(each: Summary) -> str:
+    return "–" if each.value is None else f"{(each.metric or '').rpartition('/')[2]} {significant(each.value)}"
+
+
+def _differing(runs: Sequence[Summary]) -> list[str]:
+    """Of runs of one task and model the keys in which they differ, besides what the method says; [] of others."""
+    if len({(each.task, each.model) for each in runs}) > 1:
+        return []
+    settings = [{} if each.status == "damaged" else result_keys(read_saved_config(Path(each.path))) for each in runs]
+    keys = [
+        key for key in dict.fromkeys(key for each in settings for key in each) if key not in ("lora.variant", "lora.r")
+    ]
+    keys = [key for key in keys if len({str(each.get(key)) for each in settings}) > 1]
+    told = [[f"{key.rpartition('.')[2]}={short(each[key])}" for key in keys if key in each] for each in settings]
+    return [printable(" ".join(words), 80) for words in told] if keys else []

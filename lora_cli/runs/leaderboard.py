@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lora_cli.errors import RunError
+from lora_cli.errors import RunError, printable
 from lora_cli.runs.comparison import Spread
 from lora_cli.runs.directory import RunDirectory, read_saved_config, write_csv, write_json
 from lora_cli.runs.predictions import read_answers
@@ -97,14 +97,17 @@ class Board:
 
 
 def boards(jobs: Sequence[SweepJob]) -> list[Board]:
-    """A board for each task of a sweep, in the order of its jobs; a job whose run cannot be read counts as missing."""
+    """A board for each task of a sweep, in the order of its jobs; one whose run cannot be read is warned of."""
     swept = _swept(jobs)
     runs: dict[tuple[str, str, str, str], list[_Run]] = {}
     for job, keys in zip(jobs, swept, strict=True):
         if job.run is not None and job.status in TRAINED:
-            with suppress(RunError, KeyError, OSError):
+            try:
                 run = _read(Path(job.run), keys)
-                runs.setdefault(run.goal, []).append(run)
+            except (RunError, KeyError, OSError) as error:
+                warnings.warn(f"job {job.number} is on no leaderboard: {printable(error)}", stacklevel=2)
+                continue
+            runs.setdefault(run.goal, []).append(run)
     return [_board(goal, found) for goal, found in runs.items()]
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,9 @@ def as_answers(rows: Sequence[Mapping[str, Any]], labels: Sequence[str] | None) 
 
 
 def read_answers(run: RunDirectory, split: str, labels: Sequence[str] | None) -> Answers | None:
-    """The kept predictions as numbers; None if they cannot be used."""
-    with suppress(RunError):
+    """The kept predictions as numbers; None, with a warning if they are damaged, if they cannot be used."""
+    try:
         return as_answers(read_predictions(run, split), labels)
-    return None
+    except RunError as error:
+        warnings.warn(f"{error}; compared without its predictions", stacklevel=2)
+        return None

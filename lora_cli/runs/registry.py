@@ -30,6 +30,10 @@ def find_run(name: str) -> Path:
         return _from_here(latest)
     path = Path(name)
     if path.is_dir():
+        if (path / "jobs").is_dir():
+            raise RunError(
+                f"run={name}: a sweep; its runs are {path / '0'} and so on, and lora report takes sweep={name}"
+            )
         if not (path / "run.json").exists() and not is_bare_adapter(path):
             raise RunError(f"{name}: neither a run (run.json) nor an adapter (adapter_config.json) is in this folder")
         return path

@@ -92,6 +92,8 @@ def find_sweep(name: str) -> Path:
         return Path(name)
     if name in folders:
         return folders[name]
+    if (Path(name) / "run.json").exists():
+        raise RunError(f"sweep={name}: a run, not a sweep: run={name}")
     raise UnknownName("sweep", name, ["latest", *folders], "sweep")
 
 

@@ -148,6 +148,7 @@ __all__ = [
     "VerifyRun",
     "VerifySpec",
     "WhereSpec",
+    "all_keys",
     "nested_specs",
 ]
 
@@ -188,3 +189,13 @@ def nested_specs(root: type) -> list[tuple[str, list[type]]]:
         kinds = list(TASK_KINDS.values()) if each.name == "task" and schemas else schemas
         found.append((each.name, typing.cast("list[type]", kinds)))
     return found
+
+
+def all_keys(root: type, prefix: str = "") -> list[str]:
+    """Dotted names of every key of a dataclass tree; a task's keys are those of all kinds."""
+    keys = []
+    for name, nested in nested_specs(root):
+        keys.append(prefix + name)
+        for schema in nested:
+            keys += all_keys(schema, f"{prefix}{name}.")
+    return list(dict.fromkeys(keys))

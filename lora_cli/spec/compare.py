@@ -174,5 +174,5 @@ class ReportRun:
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.sweep is None):
-            raise ConfigError("run", self.run, "give run=FOLDER or sweep=FOLDER, one of them")
+            raise ConfigError("run", self.run or "", "give run=FOLDER or sweep=FOLDER, one of them")
         at_least("examples", self.examples, 0)

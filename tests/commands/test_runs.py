@@ -61,6 +61,20 @@ def test_runs_are_chosen_and_sorted(here, call) -> None:
     assert "1 of 3 runs; limit=0 shows all" in limited.out
 
 
+def test_runs_of_one_task_and_model_tell_what_sets_them_apart(here, call, tmp_path, monkeypatch) -> None:
+    for name in ("2026-11-29_films_tiny-bert_r8_1a2b3c4d", "2026-11-29_films_tiny-bert_r8_5e6f7a8b"):
+        shutil.copytree(here / "runs" / "dora", tmp_path / "runs" / name)
+    file = tmp_path / "runs" / name / "config.yaml"
+    file.write_text(file.read_text().replace("\nseed: 0", "\nseed: 7"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [line.split()[:4] for line in call("runs", "where.name=films").out.splitlines()[2:]]
+    assert sorted(rows) == [
+        ["2026-11-29_films_tiny-bert_r8_1a2b3c4d", "dora", "r=8", "seed=0"],
+        ["2026-11-29_films_tiny-bert_r8_5e6f7a8b", "dora", "r=8", "seed=7"],
+    ]
+
+
 def test_a_damaged_run_is_listed_as_that(here, call, tmp_path, monkeypatch) -> None:
     shutil.copytree(here / "runs" / "dora", tmp_path / "runs" / "cut")
     (tmp_path / "runs" / "cut" / "run.json").write_text("{")
@@ -126,6 +140,13 @@ def test_a_sweep_writes_its_report_and_it_can_be_made_again(here, call) -> None:
     assert [tag for tag, _ in found.tags].count("circle") == 4, "two configurations against size and time"
 
 
+def test_a_sweep_in_the_place_of_a_run_is_told(here, call) -> None:
+    (sweep,) = Path("runs").glob("*_sweep_*")
+    answer = call("report", f"run={sweep}")
+    assert answer.code == 2
+    assert f"its runs are {sweep}/0 and so on, and lora report takes sweep={sweep}" in answer.err
+
+
 def test_what_a_run_says_of_itself_stays_text(here, call, tmp_path, monkeypatch) -> None:
     run = shutil.copytree(here / "runs" / "dora", tmp_path / "run")
     facts = json.loads((run / "run.json").read_text())
@@ -144,6 +165,44 @@ def test_what_a_run_says_of_itself_stays_text(here, call, tmp_path, monkeypatch)
     assert nasty in found.text
 
 
+@pytest.fixture
+def damaged(here: Path, tmp_path: Path, monkeypatch):
+    """A copy of a run beside the run, with a file of it that holds no text any more."""
+
+    def damage(file: str) -> None:
+        for name in ("whole", "cut"):
+            shutil.copytree(here / "runs" / "dora", tmp_path / "runs" / name)
+        (tmp_path / "runs" / "cut" / file).write_bytes(b"\xff")
+        monkeypatch.chdir(tmp_path)
+
+    return damage
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "predictions/validation.jsonl"])
+def test_a_page_without_what_is_damaged_says_so(file: str, damaged, call) -> None:
+    damaged(file)
+    answer = call("report", "run=runs/cut")
+    assert answer.code == 0
+    (line,) = answer.err.splitlines()
+    assert f"runs/cut/{file}: not readable" in line
+    assert line.endswith("the page is without it")
+
+
+def test_damaged_predictions_leave_the_rest_of_a_comparison(damaged, call) -> None:
+    damaged("predictions/validation.jsonl")
+    answer = call("diff", "run=runs/cut", "other=runs/whole")
+    assert answer.code == 0
+    assert "training   equal to the last bit at every step" in answer.out
+    assert "runs/cut/predictions/validation.jsonl: not readable" in answer.err
+
+
+def test_damaged_figures_are_told_before_anything_is_compared(damaged, call) -> None:
+    damaged("metrics.jsonl")
+    answer = call("diff", "run=runs/whole", "other=runs/cut")
+    assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
+    assert "runs/cut/metrics.jsonl: not readable" in answer.err
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -152,9 +211,14 @@ def test_what_a_run_says_of_itself_stays_text(here, call, tmp_path, monkeypatch)
         (["diff", "run=runs/dora"], "other: needs a value"),
         (["diff", "run=runs/dora", "other=nope"], "nope"),
         (["diff", "run=runs/dora", "other=runs/dora/adapter"], "an adapter without its run"),
-        (["report"], "give run=FOLDER or sweep=FOLDER, one of them"),
+        (["report"], "report: run: give run=FOLDER or sweep=FOLDER, one of them"),
         (["report", "run=a", "sweep=b"], "give run=FOLDER or sweep=FOLDER, one of them"),
         (["report", "sweep=nope"], "nope"),
+        (["report", "sweep=runs/dora"], "sweep=runs/dora: a run, not a sweep: run=runs/dora"),
+        (
+            ["report", "run=runs/dora", "output=train.csv/page.html"],
+            "train.csv/page.html: File exists; output=FILE",
+        ),
         (["report", "run=runs/dora", "output=train.csv"], "output=train.csv: holds something else than a page"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

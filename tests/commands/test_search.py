@@ -77,8 +77,15 @@ def test_what_is_hopeless_is_stopped_and_costs_nobody_the_exit_code(films: Path,
     ("words", "told"),
     [
         (["seed=1"], "nothing is left open"),
-        (["lora.r=2,4", "hydra.sweeper.trials=0"], "hydra.sweeper.trials=0: a whole number, 1 or more"),
+        (["lora.r=2,4", "hydra.sweeper.trials=0"], "train: hydra.sweeper.trials=0: a whole number, 1 or more"),
+        (["lora.r=2,4", "hydra.sweeper.seed=x"], "train: hydra.sweeper.seed=x: a whole number from 0 to 2147483647"),
+        (["lora.r=2,4", "hydra.sweeper.prune=maybe"], "train: hydra.sweeper.prune=maybe: true or false"),
         (["train.lr=tag(log,interval(0,1))"], "train.lr"),
+        (["train.lr=interval(1e-2,1e-4)"], "train.lr=interval(1e-2,1e-4): the lower end comes first"),
+        (
+            ["task.metrics=[accuracy],[macro_f1]"],
+            "a search has one metric: [accuracy] by validation/accuracy, [macro_f1] by validation/macro_f1",
+        ),
         (["lora.r=2,4", "train.lrr=1"], "train.lrr: no such key"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -88,3 +95,4 @@ def test_what_cannot_be_searched_is_refused_in_one_line(words, told, films: Path
     assert answer.code == 2, answer.err
     assert told in answer.err
     assert len(answer.err.splitlines()) == 1
+    assert not list(Path().glob("runs/*/jobs"))

@@ -29,6 +29,18 @@ CASES = [
     (1, ["trian"], ["Did you mean train?", "train, resume, verify, rerun, eval"]),
     (1, ["TRAIN"], ["Did you mean train?"]),
     (1, ["train", "--foo"], ["--foo: no such flag", "--multirun"]),
+    (1, ["train", "--lr", "1e-4"], ["--lr: no such flag. Did you mean train.lr=?"]),
+    (1, ["runs", "--jsn"], ["Did you mean --json?", "--info, --json, --multirun"]),
+    (1, ["runs", "--sort", "metric"], ["Did you mean sort=?"]),
+    (1, ["train", "launcher=fused"], ["launcher: no such key. Did you mean hydra/launcher?", "train --help"]),
+    (1, ["train", "sweeper=optuna"], ["Did you mean hydra/sweeper?"]),
+    (1, ["train", "trials=4"], ["Did you mean hydra.sweeper.trials?"]),
+    (1, ["train", "-m", "hydra.launcher.njobs=2", "seed=1,2"], ["Did you mean hydra.launcher.n_jobs?"]),
+    (1, ["train", "-m", "hydra.launcher.adapters=2", "seed=1,2"], ["hydra/launcher=fused, not of isolated"]),
+    (1, ["train", "-m", "hydra.sweeper.trails=2", "seed=1,2"], ["Did you mean hydra.sweeper.trials?"]),
+    (1, ["train", "-m", "hydra.sweeper.trials=2", "seed=1,2"], ["hydra/sweeper=optuna, not of basic"]),
+    (1, ["train", "-m", "hydra.launcher=fused", "seed=1,2"], ["is a group: write hydra/launcher=fused"]),
+    (1, ["train", "-m", "hydra.sweeper=optuna", "seed=1,2"], ["is a group: write hydra/sweeper=optuna"]),
     (1, ["train", "--cfg"], ["--cfg", "job, hydra, all"]),
     (1, ["train", "--cfg", "jbo"], ["--cfg=jbo", "job, hydra, all"]),
     (1, ["train", "--config-dir"], ["--config-dir: needs a value"]),
@@ -36,7 +48,9 @@ CASES = [
     (1, ["train", "--config-name", "trian"], ["--config-name=trian", "fetch, import, infer and"]),
     (2, ["train", "train.max_steps=many"], ["train.max_steps=many", "a whole number"]),
     (2, ["train", "lora.r=8.5"], ["lora.r=8.5", "a whole number"]),
-    (2, ["train", "lora.r="], ["lora.r", "a whole number"]),
+    (2, ["train", "lora.r="], ["lora.r: needs a value: a whole number"]),
+    (2, ["train", "-m", "lora.r=2,,4"], ["lora.r=2,,4: a value is missing beside a comma"]),
+    (2, ["train", "-m", "lora.r=2,x"], ["lora.r=x: a whole number"]),
     (2, ["train", "lora.r=null"], ["lora.r=null", "needs a value"]),
     (2, ["train", "train.lr=fast"], ["train.lr=fast", "a number"]),
     (2, ["train", "task.regression=maybe"], ["task.regression=maybe", "true or false"]),
@@ -49,6 +63,9 @@ CASES = [
     (2, ["train", "model.family=a=b"], ["model.family=a=b", "quotes"]),
     (2, ["train", "seed=${nope.x}"], ["seed", "nope.x"]),
     (2, ["train", "seed=${oc.env:NOT_SET_ANYWHERE}"], ["NOT_SET_ANYWHERE"]),
+    (3, ["train", "-m", "hydra.launcher.n_jobs=0", "seed=1,2"], ["train: hydra.launcher.n_jobs=0: a whole number, 1"]),
+    (3, ["train", "-m", "hydra/launcher=fused", "hydra.launcher.mixed=maybe", "seed=1"], ["mixed=maybe: true, false"]),
+    (3, ["train", "-m", "train.lr=interval(1e-4,1e-2)"], ["an interval needs hydra/sweeper=optuna"]),
     (3, ["train", "lora.r=0"], ["lora.r=0", "from 1 to 4096"]),
     (3, ["train", "lora.rank_pattern={query:0}"], ["lora.rank_pattern.query=0", "from 1 to 4096"]),
     (3, ["train", "train.max_steps=-3"], ["train.max_steps=-3", "1 or more"]),
@@ -65,6 +82,7 @@ CASES = [
     (4, ["train", "device=tpu"], ["device=tpu", "cpu, cuda, ddp, fsdp, mps"]),
     (4, ["train", "tracker=wandbb"], ["Did you mean wandb?"]),
     (4, ["train", "hydra/launcher=nowhere", "-m", "lora.r=2,4"], ["hydra/launcher=nowhere", "basic"]),
+    (4, ["train", "-m", "hydra/launcher=ray", "seed=1,2"], ["pip install hydra-ray-launcher"]),
     (4, ["train", "task.metrics=[f2]"], ["task.metrics=f2", "accuracy, f1"]),
     (5, ["train", "+x._target_=os.system"], ["x: no such key"]),
     (5, ["train", "+model._target_=os.system"], ["model._target_", "no such key"]),
@@ -121,6 +139,13 @@ def test_a_sweep_that_cannot_be_composed_runs_nothing(word, says, scratch, call)
     assert len(answer.err.splitlines()) == 1
     assert says in answer.err
     assert not list(Path("runs").glob("**/run.json"))
+
+
+def test_a_file_in_the_place_of_a_sweeps_folder_names_its_key(scratch, call) -> None:
+    Path("taken").write_text("")
+    answer = call("train", TINY, "-m", "seed=1,2", "hydra.sweep.dir=taken")
+    assert answer.code == 2
+    assert answer.err.endswith("taken: a file is in the way; choose another hydra.sweep.dir\n")
 
 
 def test_a_catastrophic_pattern_for_layers_ends_quickly(scratch, call) -> None:
