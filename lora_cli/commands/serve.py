@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from lora_cli.errors import ConfigError
+from lora_cli.errors import UserError
 from lora_cli.screen import Screen, count
 from lora_cli.spec import ServeRun
 
@@ -23,7 +23,7 @@ def run(spec: ServeRun, *, directory: Path | None = None, overrides: Sequence[st
         KeyboardInterrupt: by the signal, after running requests have ended.
     """
     if any(find_spec(name) is None for name in _PACKAGES):
-        raise ConfigError("lora serve", "", "needs packages: pip install 'lora-cli[serve]'")
+        raise UserError("needs packages: pip install 'lora-cli[serve]'")
     from lora_cli.serving.adapters import Shelf
     from lora_cli.serving.server import address_of, allowed_hosts, listen, open_socket, read_token
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import os
 import socket
@@ -32,15 +33,22 @@ def open_socket(spec: ServeSpec, token: str | None) -> socket.socket:
     """A socket that listens where `spec` says.
 
     Raises:
-        ConfigError: other machines reach the address and there is no token; or it cannot be listened on.
+        ConfigError: the host is no address of this machine; others reach it and there is no token; or the port is taken.
     """
+    family = socket.AF_INET6 if ":" in spec.host else socket.AF_INET
+    try:
+        socket.getaddrinfo(spec.host, spec.port, family)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError("serve.host", spec.host, f"leads to no address: {reason}") from error
     if token is None and not is_loopback(spec.host):
         needed = f"other machines reach it, so it needs a token: serve.token_file=FILE, or {_VARIABLE}"
         raise ConfigError("serve.host", spec.host, needed)
-    family = socket.AF_INET6 if ":" in spec.host else socket.AF_INET
     try:
         return socket.create_server((spec.host, spec.port), family=family, backlog=_BACKLOG)
     except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise ConfigError("serve.host", spec.host, "is no address of this machine") from error
         raise ConfigError("serve.port", spec.port, f"not on {spec.host}: {error.strerror}") from error
 
 

@@ -86,6 +86,8 @@ def tokenless(monkeypatch: pytest.MonkeyPatch) -> None:
         (("run=,",), "needs a value"),
         (("run=nothing",), "no such run"),
         (("run=RUN", "serve.host=0.0.0.0"), "needs a token"),
+        (("run=RUN", "serve.host="), "serve.host: needs an address"),
+        (("run=RUN", "serve.host=no such host"), "serve.host=no such host: leads to no address: "),
         (("run=RUN", "serve.port=70000"), "from 0 to 65535"),
         (("run=RUN", "serve.max_queue=0"), "1 or more"),
         (("run=RUN", "serve.timeout_s=0"), "above 0"),
@@ -108,7 +110,7 @@ def test_a_missing_package_is_told_with_what_to_install(
 
     found = util.find_spec
     monkeypatch.setattr("lora_cli.commands.serve.find_spec", lambda n: None if n == name else found(n), raising=False)
-    assert "pip install 'lora-cli[serve]'" in refused("serve", f"run={run}")
+    assert refused("serve", f"run={run}") == "lora serve: needs packages: pip install 'lora-cli[serve]'"
 
 
 def test_an_address_in_use_is_refused_before_a_model_is_loaded(

@@ -8,8 +8,14 @@ from typing import Any
 
 import pytest
 
+from lora_cli.errors import ConfigError
 from lora_cli.serving.server import listen, open_socket
 from lora_cli.spec import ServeSpec
+
+
+def test_a_host_that_is_another_machine_s_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^serve.host=192\.0\.2\.1: is no address of this machine$"):
+        open_socket(ServeSpec(host="192.0.2.1", port=0), "a token of theirs")
 
 
 def test_threads_take_short_turns_while_it_listens_and_usual_ones_afterwards() -> None:
