@@ -26,9 +26,9 @@ def run(talking: Finished) -> Path:
     return talking.path
 
 
-def started(*words: str, cwd: Path) -> tuple[Started, int]:
-    """A server in a process of its own, and its port."""
-    server = Started(["serve", *words, "serve.port=0", "device.threads=1"], cwd)
+def started(*words: str, cwd: Path, harm: Callable[[], object] | None = None) -> tuple[Started, int]:
+    """A server in a process of its own, to which `harm` is done first, and its port."""
+    server = Started(["serve", *words, "serve.port=0", "device.threads=1"], cwd, harm)
     end = time.monotonic() + 60
     while "\n" not in server.said:
         assert server.returncode is None, server.communicate(1)
@@ -70,7 +70,28 @@ def test_a_signal_ends_it_after_what_was_begun(number: signal.Signals, code: int
     assert server.returncode == code
     assert "Traceback" not in err
     assert len(out.splitlines()) == 1
-    assert err.splitlines()[-1].startswith("lora serve: ")
+    waits, last = err.splitlines()[-2:]
+    assert waits == "stopping   requests that still run: 1; they get 10s"
+    assert last.startswith("lora serve: ")
+
+
+def exhausted() -> None:
+    """Let the thread that computes end at the first answer."""
+    from lora_cli.serving.writing import Writing
+
+    def step(self: Writing) -> bool:
+        raise SystemError("the interpreter is at its end")
+
+    Writing.step = step  # type: ignore[method-assign]
+
+
+def test_it_ends_when_it_can_compute_nothing_any_more(run: Path) -> None:
+    server, port = started(f"run={run}", cwd=run.parent, harm=exhausted)
+    status, _ = post(port, {"model": run.name, "prompt": "hi"})
+    _, err = server.communicate(30)
+    assert (status, server.returncode) == (503, 1)
+    said = "internal error, nothing can be computed any more: SystemError: the interpreter is at its end"
+    assert err.splitlines()[-1] == f"lora serve: {said}"
 
 
 @pytest.fixture

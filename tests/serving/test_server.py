@@ -30,3 +30,14 @@ def test_threads_take_short_turns_while_it_listens_and_usual_ones_afterwards() -
         listen(ends_at_once, listener, spec)
     assert turns == [pytest.approx(0.0001)]
     assert sys.getswitchinterval() == before
+
+
+def test_it_ends_without_a_signal_once_it_is_over() -> None:
+    async def starts_and_stops(scope: Any, receive: Callable[[], Any], send: Callable[[Any], Awaitable[None]]) -> None:
+        for _ in range(2):
+            await send({"type": (await receive())["type"] + ".complete"})
+
+    ticks = iter([False, True])
+    with open_socket(ServeSpec(port=0), None) as listener:
+        listen(starts_and_stops, listener, ServeSpec(port=0), is_over=lambda: next(ticks))
+    assert list(ticks) == []
