@@ -43,8 +43,8 @@ def generate(
     """(query number, answer) of each query, batch by batch. The model is left in eval mode.
 
     `streamer` (transformers' interface) is given the tokens of a single query as they come; `progress` is told
-    (queries done, of all), `wrote` (query number, its answer's tokens up to the end mark or stop that ended it). Drawn answers depend on (`seed`, batch): the same call gives the same ones. Of several
-    processes each answers its part.
+    (queries done, of all), `wrote` (query number, the tokens of its answer with what ended it). Drawn answers depend on
+    (`seed`, batch): the same call gives the same ones. Of several processes each answers its part.
     """
     model.eval()
     config = _config(model, decode, tokenizer)
