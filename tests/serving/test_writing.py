@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -248,6 +249,15 @@ def test_an_answer_whose_token_cannot_be_chosen_fails_with_its_job_alone(
     assert [str(each) for each in bad] == ["probability tensor contains nan"]
     assert [piece.text for piece in good] == [answer(pool)[0].text] * 2
     assert not pool.is_in_use
+
+
+def test_a_long_prompt_is_cut_without_a_word(
+    pool: Pool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    pool.ready("x").tokenizer.model_max_length = 100
+    assert answer(pool, prompt="hi " * 100)[0].num_prompt == 88
+    assert caplog.messages == []
 
 
 def test_a_prompt_that_fails_fails_alone(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
