@@ -235,6 +235,12 @@ def test_a_file_that_is_not_as_the_run_left_it_is_refused_by_name(name: str, own
         Shelf([str(own)])
 
 
+def test_what_describes_an_adapter_or_lies_beside_it_does_no_harm(own: Path) -> None:
+    (own / "b" / "adapter" / "plot.png").touch()
+    (own / "b" / "adapter" / "README.md").write_text("An adapter of ours.")
+    assert list(Shelf([str(own)]).entries) == ["a", "b"]
+
+
 def test_a_run_that_goes_on_may_save_another_adapter(own: Path) -> None:
     flip(own / "b" / "adapter" / "adapter_model.safetensors")
     RunDirectory(own / "b").update(status="running")
