@@ -1,16 +1,20 @@
 """python -m lora_cli: the same as `lora`."""
 
-from lora_cli.process import hurry, leave
-
 __all__ = ["start"]
 
 
 def start() -> None:
     """The command `lora`: main() in a process of its own."""
-    hurry()
-    from lora_cli.cli import main
+    # Imported in here, since Ctrl-C may come before main() is there to answer it.
+    try:
+        from lora_cli.process import hurry, leave
 
-    leave(main())
+        hurry()
+        from lora_cli.cli import main
+
+        leave(main())
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

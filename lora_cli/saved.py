@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.engine.device import Device, open_device
-from lora_cli.errors import AdapterError, ConfigError, DataError, RunError, printable
+from lora_cli.errors import AdapterError, ConfigError, DataError, printable
 from lora_cli.models import load_base
 from lora_cli.nn import load_adapter, read_adapter, truncate
 from lora_cli.prepacked import prepack
 from lora_cli.process import settle_down
 from lora_cli.runs.directory import RunDirectory
-from lora_cli.runs.registry import find_run, is_bare_adapter
+from lora_cli.runs.registry import find_adapter, find_run, is_bare_adapter
 from lora_cli.spec import QUANTIZATIONS, ChatRun, ClassificationSpec, EvalRun, InferRun, MergeRun, ModelSpec, TaskSpec
 from lora_cli.tasks import Task, build_task, load_rows
 from lora_cli.tokenizer import load_tokenizer
@@ -69,9 +69,7 @@ def open_saved(spec: EvalRun | InferRun | ChatRun | MergeRun, *, keep_padding: b
     if folder is not None:
         folder.check_plain()
     facts = {} if folder is None else folder.facts()
-    if folder is not None and not folder.adapter.is_dir():
-        raise RunError(f"{path}: has no adapter (status {facts['status']}); lora train resume=auto finishes a run")
-    adapter = read_adapter(path if folder is None else folder.adapter)
+    adapter = read_adapter(find_adapter(str(path)))
     task = task_of(spec.task, facts.get("labels") or adapter.extra.get("labels"), path)
     device = open_device(spec.device)
     base = load_base(

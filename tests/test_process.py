@@ -36,6 +36,12 @@ def test_a_process_that_leaves_has_written_everything_and_done_what_was_left_for
     assert (done.returncode, done.stdout, done.stderr) == (3, b"outbye\n", b"err")
 
 
+def test_ctrl_c_before_the_command_has_begun_says_nothing() -> None:
+    code = "import lora_cli.process as process\ndef harm(): raise KeyboardInterrupt\nprocess.hurry = harm\n"
+    done = ended(code + "from lora_cli.__main__ import start\nstart()")
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 def test_it_waits_for_threads_that_are_not_to_be_cut_off() -> None:
     code = "import threading, time\ndef work():\n  time.sleep(0.3); print('done')\n"
     done = ended(code + "threading.Thread(target=work).start()\nleave(0)")

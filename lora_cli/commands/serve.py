@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from lora_cli.errors import ConfigError
-from lora_cli.screen import Screen, count
+from lora_cli.errors import LoraError, UserError
+from lora_cli.screen import Screen, count, duration
 from lora_cli.spec import ServeRun
 
 __all__ = ["run"]
@@ -21,9 +21,10 @@ def run(spec: ServeRun, *, directory: Path | None = None, overrides: Sequence[st
     Raises:
         UserError: a run cannot be used, the address cannot be listened on, or packages are missing.
         KeyboardInterrupt: by the signal, after running requests have ended.
+        LoraError: nothing can be computed any more.
     """
     if any(find_spec(name) is None for name in _PACKAGES):
-        raise ConfigError("lora serve", "", "needs packages: pip install 'lora-cli[serve]'")
+        raise UserError("needs packages: pip install 'lora-cli[serve]'")
     from lora_cli.serving.adapters import Shelf
     from lora_cli.serving.server import address_of, allowed_hosts, listen, open_socket, read_token
 
@@ -57,4 +58,10 @@ def run(spec: ServeRun, *, directory: Path | None = None, overrides: Sequence[st
         hosts = allowed_hosts(spec.serve, token)
         app = build_app(scheduler, spec.serve, token=token, hosts=hosts, warn=screen.warning, started=started)
         settle_down()
-        listen(app, listener, spec.serve)
+
+        def waits(number: int) -> None:
+            screen.fact("stopping", f"requests that still run: {number}; they get {duration(spec.serve.grace_s)}")
+
+        listen(app, listener, spec.serve, is_over=lambda: scheduler.failure is not None, waits=waits)
+        if scheduler.failure is not None:
+            raise LoraError(f"internal error, nothing can be computed any more: {scheduler.failure}")

@@ -39,12 +39,13 @@ def generate(
     seed: int = 0,
     streamer: Any = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    wrote: Callable[[int, list[int]], None] | None = None,
 ) -> Iterator[tuple[int, str]]:
     """(query number, answer) of each query, batch by batch. The model is left in eval mode.
 
     `streamer` (transformers' interface) is given the tokens of a single query as they come; `progress` is told
-    (queries done, of all). Drawn answers depend on (`seed`, batch): the same call gives the same ones. Of several
-    processes each answers its part.
+    (queries done, of all), `wrote` (query number, the tokens of its answer with what ended it). Drawn answers depend on
+    (`seed`, batch): the same call gives the same ones. Of several processes each answers its part.
     """
     model.eval()
     config = _config(model, decode, tokenizer)
@@ -74,8 +75,10 @@ def generate(
                 continue
             done += len(indices)
             progress(done, len(queries))
-            texts = (text_of(ids, tokenizer, config.eos_token_id, decode.stop) for ids in found[:, start:].tolist())
-            yield from zip(indices, texts, strict=True)
+            for index, ids in zip(indices, found[:, start:].tolist(), strict=True):
+                if wrote is not None:
+                    wrote(index, _written(ids, tokenizer, config.eos_token_id, decode.stop))
+                yield index, text_of(ids, tokenizer, config.eos_token_id, decode.stop)
 
 
 def _config(model: Any, decode: DecodeSpec, tokenizer: Any) -> Any:
@@ -109,6 +112,12 @@ def ends_of(model: Any, tokenizer: Any, stops: Sequence[str]) -> list[int]:
     )
 
 
+def _written(ids: list[int], tokenizer: Any, ends: Sequence[int], stops: Sequence[str]) -> list[int]:
+    """A row of a batch without what fills it up."""
+    lengths = range(1, len(ids) + 1)
+    return ids[: next((n for n in lengths if ids[n - 1] in ends or has_stop(ids[:n], tokenizer, stops)), len(ids))]
+
+
 def _stopped(tokenizer: Any, stops: Sequence[str], start: int) -> Callable[..., torch.Tensor]:
     """Which sequences hold a stop text behind position `start`. transformers' own criterion reads the prompt as well,
     and fails on small vocabularies."""
@@ -122,8 +131,10 @@ def _stopped(tokenizer: Any, stops: Sequence[str], start: int) -> Callable[..., 
 
 def has_stop(ids: Sequence[int], tokenizer: Any, stops: Sequence[str]) -> bool:
     """Whether one of the `stops` stands at the end of what these tokens say."""
+    if not stops:
+        return False
     # A character has four bytes at most, and a byte is a token at worst.
-    window = 4 * max(map(len, stops), default=0) + 8
+    window = 4 * max(map(len, stops)) + 8
     text = _decoded(list(ids[-window:]), tokenizer)
     return any(stop in text for stop in stops)
 

@@ -123,6 +123,18 @@ class RunDirectory:
                 remove_strays(folder)
             yield
 
+    @property
+    def is_held(self) -> bool:
+        """Whether a process trains in this folder now."""
+        try:
+            with (self.path / ".lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass  # Nobody ever has.
+        return False
+
     def check_plain(self) -> None:
         """Refuse a run with links in it, which could lead what is read or written anywhere, or with pipes.
 

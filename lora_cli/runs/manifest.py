@@ -11,9 +11,10 @@ from lora_cli.disk import sha256
 from lora_cli.errors import RunError, printable
 from lora_cli.runs.directory import read_json, write_json
 
-__all__ = ["NOT_COVERED", "changed_files", "write_manifest"]
+__all__ = ["NOT_COVERED", "changed_files", "check_model_files", "write_manifest"]
 
 _NAME = "manifest.json"
+_MODEL_FOLDERS = ("adapter/", "tokenizer/")
 _FILES = ("config.yaml", "overrides.txt", "run.json", "metrics.jsonl", "log.txt")
 _FOLDERS = ("adapter", "tokenizer", "predictions")
 NOT_COVERED = "checkpoints (a manifest each), eval, records of trackers"
@@ -33,11 +34,27 @@ def changed_files(run: Path) -> list[str]:
     """
     if not (run / _NAME).exists():
         raise RunError(f"{run}: has no {_NAME}; the run was made by an earlier version, or cut short at its very end")
-    digests = read_json(run / _NAME)
+    return _changed(run, "")
+
+
+def check_model_files(run: Path) -> None:
+    """Refuse a run whose adapter or tokenizer is not as its manifest says, if it has one.
+
+    Raises:
+        RunError: names the first file.
+    """
+    changed = _changed(run, _MODEL_FOLDERS) if (run / _NAME).exists() else []
+    # What describes the adapter, or lies beside its files, does no harm.
+    if damaged := [name for name in changed if not name.endswith((" new", ".md changed", ".md missing"))]:
+        raise RunError(f"{run}: {damaged[0]} since the run ended ({_NAME}); lora verify run={run} compares all")
+
+
+def _changed(run: Path, folders: str | tuple[str, ...]) -> list[str]:
+    digests = {name: digest for name, digest in read_json(run / _NAME).items() if name.startswith(folders)}
     for name, digest in digests.items():
         if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
             raise RunError(f"{run / _NAME}: no digest of {printable(name, 60)}")
-    there = set(_covered(run))
+    there = {name for name in _covered(run) if name.startswith(folders)}
     found = {name: "missing" for name in digests if name not in there} | dict.fromkeys(there - set(digests), "new")
     found |= {name: "changed" for name in there & set(digests) if sha256(run / name, RunError) != digests[name]}
     return [f"{name} {what}" for name, what in sorted(found.items())]

@@ -23,12 +23,11 @@ def find_run(name: str) -> Path:
         RunError: nothing there, or the prefix fits several runs.
         UnknownName: no run has such a name.
     """
+    path, latest = Path(name), _ROOT / "latest"
+    if (name == "latest" or path == latest) and not latest.exists():
+        raise RunError("run=latest: no finished run under runs/ yet; lora train makes one")
     if name == "latest":
-        latest = _ROOT / "latest"
-        if not latest.exists():
-            raise RunError("run=latest: no finished run under runs/ yet; lora train makes one")
         return _from_here(latest)
-    path = Path(name)
     if path.is_dir():
         if (path / "jobs").is_dir():
             raise RunError(
@@ -41,7 +40,8 @@ def find_run(name: str) -> Path:
     runs = {run.path.relative_to(_ROOT).as_posix(): run.path for run in all_runs()}
     found = [runs[name]] if name in runs else [run for own, run in runs.items() if own.startswith(name)]
     if not found:
-        raise UnknownName("run", name, ["latest", *runs], "run")
+        named = ["latest"] if latest.exists() else []
+        raise UnknownName("run", name, [*named, *runs, *_beside(path)], "run")
     if len(found) > 1:
         raise RunError(f"run={name}: fits {len(found)} runs: {', '.join(run.name for run in found[:4])}")
     return found[0]
@@ -69,10 +69,12 @@ def find_adapter(name: str) -> Path:
     path = find_run(name)
     if is_bare_adapter(path):
         return path
-    adapter = RunDirectory(path).adapter
-    if not adapter.is_dir():
-        raise RunError(f"{path}: has no adapter; lora train resume=auto finishes a run")
-    return adapter
+    run = RunDirectory(path)
+    if not run.adapter.is_dir():
+        if run.is_held:
+            raise RunError(f"{path}: is being trained and has no adapter yet")
+        raise RunError(f"{path}: has no adapter (status {run.facts()['status']}); lora resume run={path} finishes it")
+    return run.adapter
 
 
 def is_bare_adapter(path: Path) -> bool:
@@ -117,6 +119,16 @@ def all_runs() -> list[RunDirectory]:
     """Every run under runs/, those of sweeps and comparisons too, in the order of their names."""
     files = sorted(_ROOT.glob("**/run.json"))
     return [RunDirectory(file.parent) for file in files if file.parts[1] != "latest"]
+
+
+def _beside(path: Path) -> list[str]:
+    """The runs and adapters in the folder that `path` would be in, as they would be typed."""
+    with suppress(OSError):
+        found = [
+            each for each in sorted(path.parent.iterdir()) if (each / "run.json").exists() or is_bare_adapter(each)
+        ]
+        return [each.as_posix() for each in found]
+    return []
 
 
 def _newest() -> Path:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_cli.config import read_train_run
-from lora_cli.errors import ConfigError, RunError, UserError
+from lora_cli.errors import ConfigError, RunError, UserError, listed
 from lora_cli.nn import AdapterFile, read_adapter
 from lora_cli.runs.directory import RunDirectory, read_saved_config
+from lora_cli.runs.manifest import check_model_files
 from lora_cli.runs.registry import find_adapter, find_run, is_bare_adapter
 from lora_cli.saved import task_of, with_tokens
 from lora_cli.spec import ModelSpec, TaskSpec
@@ -69,9 +70,22 @@ class Shelf:
             path = Path(name)
             self._places.append(path if path.is_dir() and not _is_one(path) else find_run(name))
         self._paths = self._found(strict=True)
-        self.entries = {name: self.read(name) for name in self._paths}
+        self.entries = self._read_all()
         if not self.entries:
             raise RunError(f"run={','.join(runs)}: no finished run and no adapter is in there")
+
+    def _read_all(self) -> dict[str, Entry]:
+        entries, errors = dict[str, Entry](), dict[str, UserError]()
+        for name in self._paths:
+            try:
+                entries[name] = self.read(name)
+            except UserError as error:
+                errors[name] = error
+        if len(errors) > 1:
+            raise RunError(f"{listed(list(errors))} cannot be used; the first: {next(iter(errors.values()))}")
+        if errors:
+            raise next(iter(errors.values()))
+        return entries
 
     def look_again(self) -> list[str]:
         """The names of all adapters in the folders as they are now."""
@@ -85,12 +99,16 @@ class Shelf:
             UserError: it is not there any more, or cannot be read.
         """
         path = self._paths.get(name)
-        if path is None or not path.is_dir():
+        # What is named at start may be a link; what is found in a folder may not have become one since.
+        if path is None or not path.is_dir() or (path.is_symlink() and path not in self._places):
             raise RunError(f"{path or name}: the folder is gone")
         folder = None if is_bare_adapter(path) else RunDirectory(path)
         if folder is not None:
             folder.check_plain()
         facts = {} if folder is None else folder.facts()
+        # A run that goes on saves another adapter before its manifest says so.
+        if folder is not None and facts["status"] == "finished":
+            check_model_files(path)
         where = find_adapter(str(path))
         # Before anything is read: what changes meanwhile is seen as a change later.
         stamp = _stamp_of(where)
@@ -115,10 +133,14 @@ class Shelf:
 
     def has_changed(self, entry: Entry) -> bool:
         """Whether another adapter lies where `entry` was read."""
+        return self.stamp_of(entry) != entry.stamp
+
+    def stamp_of(self, entry: Entry) -> Stamp:
+        """That of the adapter which lies where `entry` was read."""
         try:
-            return _stamp_of(entry.file.folder) != entry.stamp
+            return _stamp_of(entry.file.folder)
         except OSError:
-            return False  # It is just being replaced, or gone: what is in memory still answers.
+            return entry.stamp  # It is just being replaced, or gone: what is in memory still answers.
 
     def _found(self, *, strict: bool = False) -> dict[str, Path]:
         found: dict[str, Path] = {}

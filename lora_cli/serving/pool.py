@@ -17,12 +17,12 @@ import torch
 
 from lora_cli.engine.device import Device
 from lora_cli.engine.evaluate import forward
-from lora_cli.errors import AdapterError, LoraError, UnknownName
+from lora_cli.errors import AdapterError, LoraError, UnknownName, printable
 from lora_cli.models import BaseModel, load_base
 from lora_cli.nn import Bank
 from lora_cli.nn.targets import FULL
 from lora_cli.prepacked import prepack
-from lora_cli.serving.adapters import Entry, Shelf
+from lora_cli.serving.adapters import Entry, Shelf, Stamp
 from lora_cli.tasks import Classification, Rows
 from lora_cli.tasks.encoding import Example
 from lora_cli.tokenizer import load_tokenizer
@@ -106,6 +106,8 @@ class Pool:
         self.num_lanes = 1
         """How many threads may compute at once, each by `classify`."""
         self._tokenizers: dict[str, Any] = {}
+        self._damaged: dict[str, Stamp] = {}
+        """What could not be loaded, of which has been told."""
         for entry in self.entries.values():
             self._check(entry)
 
@@ -169,6 +171,7 @@ class Pool:
         self._check_known(name)
         found = self._loaded.get(name)
         if found is None or (self._watch and self.shelf.has_changed(found.entry)):
+            stamp = self.shelf.stamp_of(self.entries[name])
             try:
                 found = self._load(name, found)
             except Full:
@@ -176,7 +179,9 @@ class Pool:
                 if found is None:
                     raise
             except (LoraError, OSError) as error:
-                self.warn(f"{name}: {error}")
+                if self._damaged.get(name) != stamp:
+                    self._damaged[name] = stamp
+                    self.warn(f"{name}: {error}")
                 if found is None:
                     raise Unavailable(f"the adapter {name} cannot be loaded") from error
         self._loaded.move_to_end(name)
@@ -257,8 +262,11 @@ class Pool:
                 raise AdapterError(f"{where}: {what}={own}, and {first.path} has {theirs}: another base")
         known = entry.file.fingerprint
         if known is not None and known != self.base.fingerprint and not self._force_base:
-            name = entry.file.config.base_name
-            raise AdapterError(f"{where}: trained on another base ({name}) than {first.path} ({self.base.base_name})")
+            name, other = printable(entry.file.config.base_name, 60), f"{first.path} ({self.base.base_name})"
+            if name == self.base.base_name:
+                name = "the same name, other weights: the fingerprints differ, as of random bases of two seeds"
+            raise AdapterError(f"{where}: trained on another base than {other}: {name}")
+        self._tokenizer(entry)
         if known is None:
             # Nothing but its tensors tells whether it fits.
             self.bank.add("trial", entry.file, force_base=self._force_base)

@@ -44,10 +44,14 @@ class Scheduler:
         pool.open_lanes()
         self._work = work_of(pool, batch_tokens)
         self._waiting: deque[Job] = deque()
+        self._taken: deque[Job] = deque()
+        """Those of which a thread decides what it begins."""
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._changed = threading.Condition()
         self._num_computing = 0
         self._is_stopping = self._is_over = False
+        self.failure: str | None = None
+        """Why nothing can be computed any more; None: it can."""
         self._threads = [
             threading.Thread(target=self._run, name=f"lora-serve-{number}", daemon=True)
             for number in range(pool.num_lanes)
@@ -57,7 +61,8 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Rows that wait."""
         with self._changed:
-            return sum(job.size for job in self._waiting)
+            # A copy: who decides holds no lock that keeps others waiting.
+            return sum(job.size for job in (*self._waiting, *self._taken))
 
     @property
     def num_tokens(self) -> int:
@@ -84,7 +89,7 @@ class Scheduler:
         with self._changed:
             if self._is_stopping:
                 raise Stopping("the server is stopping")
-            waiting = sum(each.size for each in self._waiting)
+            waiting = self.num_waiting
             if waiting and waiting + job.size > self._max_queue:
                 raise Busy(f"{waiting} texts are waiting already; try again later")
             self._waiting.append(job)
@@ -133,7 +138,7 @@ class Scheduler:
             # Nobody else answers what has been begun here: who waits is told, and who asks from now on.
             reason = Stopping("the server can compute nothing any more")
             self._end(reason)
-            self.pool.warn(f"internal error, nothing is answered any more: {type(error).__name__}: {error}")
+            self.failure = f"{type(error).__name__}: {error}"
         if self._is_over:
             # What was taken out while this was decided has been put back.
             self._end(reason)
@@ -148,11 +153,13 @@ class Scheduler:
                     # Taken out, so that nobody waits for this lock while texts are tokenised.
                     calls, self._calls = self._calls, deque()
                     waiting, self._waiting = self._waiting, deque()
+                    self._taken = waiting
                 for future, function in calls:
                     _answer(future, function)
                 self._work.begin(waiting)
                 with self._changed:
                     self._waiting.extendleft(reversed(waiting))
+                    self._taken = deque()
                     is_idle = self._work.is_idle
                     self._num_computing += not is_idle
                     self._changed.notify()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import os
 import socket
@@ -32,15 +33,22 @@ def open_socket(spec: ServeSpec, token: str | None) -> socket.socket:
     """A socket that listens where `spec` says.
 
     Raises:
-        ConfigError: other machines reach the address and there is no token; or it cannot be listened on.
+        ConfigError: the host is no address of this machine; others reach it and there is no token; the port is taken.
     """
+    family = socket.AF_INET6 if ":" in spec.host else socket.AF_INET
+    try:
+        socket.getaddrinfo(spec.host, spec.port, family)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError("serve.host", spec.host, f"leads to no address: {reason}") from error
     if token is None and not is_loopback(spec.host):
         needed = f"other machines reach it, so it needs a token: serve.token_file=FILE, or {_VARIABLE}"
         raise ConfigError("serve.host", spec.host, needed)
-    family = socket.AF_INET6 if ":" in spec.host else socket.AF_INET
     try:
         return socket.create_server((spec.host, spec.port), family=family, backlog=_BACKLOG)
     except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise ConfigError("serve.host", spec.host, "is no address of this machine") from error
         raise ConfigError("serve.port", spec.port, f"not on {spec.host}: {error.strerror}") from error
 
 
@@ -86,8 +94,16 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def listen(app: Callable[..., Any], listener: socket.socket, spec: ServeSpec) -> None:
-    """Answer requests until SIGINT or SIGTERM, which take effect when running requests have ended or their time is up.
+def listen(
+    app: Callable[..., Any],
+    listener: socket.socket,
+    spec: ServeSpec,
+    *,
+    is_over: Callable[[], bool] = lambda: False,
+    waits: Callable[[int], None] = lambda number: None,
+) -> None:
+    """Answer requests until SIGINT or SIGTERM, which take effect when running requests have ended or their time is up;
+    or until `is_over`. `waits` is told how many requests are running then, if any.
 
     Raises:
         KeyboardInterrupt: as the signal.
@@ -105,7 +121,21 @@ def listen(app: Callable[..., Any], listener: socket.socket, spec: ServeSpec) ->
         timeout_graceful_shutdown=max(1, round(spec.grace_s)),
     )
     with _short_turns():
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config, is_over, waits).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, is_over: Callable[[], bool], waits: Callable[[int], None]) -> None:
+        super().__init__(config)
+        self._is_over, self._waits = is_over, waits
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._is_over()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if number := len(self.server_state.tasks):
+            self._waits(number)
+        await super().shutdown(sockets)
 
 
 @contextlib.contextmanager

@@ -65,8 +65,8 @@ class _Answer:
             self.told.append(Token(self._text(token), logprob, named))
         if self.job.streams and not is_end:
             self._streamer.put(torch.tensor(token))
-        stops = decode.stop and has_stop(self.ids, self.ready.tokenizer, decode.stop)
-        finish = "stop" if is_end or stops else "length" if len(self.ids) == decode.max_new_tokens else None
+        stops = is_end or has_stop(self.ids, self.ready.tokenizer, decode.stop)
+        finish = "stop" if stops else "length" if len(self.ids) == decode.max_new_tokens else None
         self._tell(finish)
         return finish is not None
 
@@ -88,6 +88,30 @@ class _Answer:
         return str(self.ready.tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
 
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """What one call of transformers' `generate` answers: all answers of a job, which are the same; of one that draws,
+    one."""
+
+    job: WriteJob
+    numbers: range
+    """Of the answers."""
+    ready: Ready
+    query: Query
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that it may come to."""
+        return self.query.num_tokens + self.job.decode.max_new_tokens
+
+    def tell(self, text: str, ids: list[int], ends: Sequence[int]) -> None:
+        """Tell the answer."""
+        stops = ids[-1] in ends or has_stop(ids, self.ready.tokenizer, self.job.decode.stop)
+        for number in self.numbers:
+            finish = "stop" if stops else "length"
+            self.job.tell(Piece(number, text, (), finish, self.query.num_tokens, len(ids)))
+
+
 class Writing:
     """See `jobs.Work`. What runs at once may come to `batch_tokens` tokens, or is one job.
 
@@ -101,7 +125,7 @@ class Writing:
         self._rows: Rows | None = None
         """What the model keeps of `_running`."""
         self._new: list[_Answer] = []
-        self._whole: deque[tuple[WriteJob, Ready, Query]] = deque()
+        self._whole: list[_Whole] = []
 
     @property
     def is_idle(self) -> bool:
@@ -113,8 +137,7 @@ class Writing:
         """Tokens that what is begun may come to."""
         # Copies: other threads ask, for the metrics.
         answers = sum(answer.num_tokens for answer in (*self._running, *self._new))
-        whole = tuple(self._whole)
-        return answers + sum((query.num_tokens + job.decode.max_new_tokens) * job.n for job, _, query in whole)
+        return answers + sum(each.num_tokens for each in tuple(self._whole))
 
     def begin(self, waiting: deque[Job]) -> None:
         """Take jobs from the left, as many as there is room for."""
@@ -138,6 +161,7 @@ class Writing:
     def step(self) -> bool:
         """Read the new prompts, and write one token of each running answer."""
         self._leave([answer for answer in (*self._running, *self._new) if answer.job.is_over], tell=True)
+        self._leave_whole([each for each in self._whole if each.job.is_over], tell=True)
         if self._whole:
             self._answer_whole()
         if self._new:
@@ -157,10 +181,9 @@ class Writing:
     def end(self, error: LoraError) -> None:
         """Break off what is begun."""
         self._fail([*self._running, *self._new], error)
-        for job, ready, _ in self._whole:
-            self._pool.release(ready)
+        for job in {id(each.job): each.job for each in self._whole}.values():
             job.tell(error)
-        self._whole.clear()
+        self._leave_whole(self._whole)
 
     def _begin(self, job: WriteJob) -> bool:
         """Whether there was room for it."""
@@ -170,8 +193,10 @@ class Writing:
         if not self.is_idle and self.num_tokens + size > self._budget:
             return False
         if not is_stepwise(self._pool, job.decode):
-            self._pool.hold(ready)
-            self._whole.append((job, ready, query))
+            alike = [range(n, n + 1) for n in range(job.n)] if job.decode.sample else [range(job.n)]
+            for numbers in alike:
+                self._pool.hold(ready)
+                self._whole.append(_Whole(job, numbers, ready, query))
             return True
         ends = ends_of(self._pool.bank.model, ready.tokenizer, job.decode.stop)
         for number in range(job.n):
@@ -250,45 +275,50 @@ class Writing:
 
     def _answer_whole(self) -> None:
         """Jobs that are decoded alike, in one call of transformers' `generate`; what is drawn, one by one."""
-        first, its, _ = self._whole[0]
-        alike = [each for each in self._whole if each[0].decode == first.decode and each[1].tokenizer is its.tokenizer]
-        chosen = [self._whole[0]] if first.decode.sample else alike
-        self._whole = deque(each for each in self._whole if all(each is not other for other in chosen))
+        first = self._whole[0]
+        job, tokenizer = first.job, first.ready.tokenizer
+        alike = [each for each in self._whole if each.job.decode == job.decode and each.ready.tokenizer is tokenizer]
+        chosen = [first] if job.decode.sample else alike
         try:
             found = self._generated(chosen)
         except Exception as error:
-            for job, _, _ in chosen:
-                job.tell(error)
+            failed = {id(each.job): each.job for each in chosen}
+            chosen = [each for each in self._whole if id(each.job) in failed]
+            for each in failed.values():
+                each.tell(error)
         else:
-            for (job, ready, query), texts in zip(chosen, found, strict=True):
-                for number, text in enumerate(texts):
-                    written = len(ready.tokenizer(text, add_special_tokens=False)["input_ids"])
-                    finish = "length" if written >= job.decode.max_new_tokens else "stop"
-                    job.tell(Piece(number, text, (), finish, query.num_tokens, written))
-        for _, ready, _ in chosen:
-            self._pool.release(ready)
+            ends = ends_of(self._pool.bank.model, tokenizer, job.decode.stop)
+            for whole, (text, ids) in zip(chosen, found, strict=True):
+                whole.tell(text, ids, ends)
+        self._leave_whole(chosen)
 
-    def _generated(self, chosen: Sequence[tuple[WriteJob, Ready, Query]]) -> list[list[str]]:
-        """The answers to each job."""
-        job, ready, _ = chosen[0]
-        places = [place for place, (each, _, _) in enumerate(chosen) for _ in range(each.n)]
-        queries = [chosen[place][2] for place in places]
+    def _generated(self, chosen: Sequence[_Whole]) -> list[tuple[str, list[int]]]:
+        """(answer, its tokens) of each."""
+        first, queries = chosen[0], [each.query for each in chosen]
         (order,) = by_length([query.num_tokens for query in queries], len(queries))
-        with self._pool.bank.rows([chosen[places[index]][1].key for index in order]):
+        ids: dict[int, list[int]] = {}
+        with self._pool.bank.rows([chosen[index].ready.key for index in order]):
             found = generate(
                 self._pool.bank.model,
                 queries,
-                job.decode,
-                tokenizer=ready.tokenizer,
+                first.job.decode,
+                tokenizer=first.ready.tokenizer,
                 device=self._pool.device,
                 batch_size=len(queries),
-                seed=job.seed,
+                seed=first.job.seed + first.numbers[0],
+                wrote=ids.__setitem__,
             )
             texts = dict(found)
-        answers: list[list[str]] = [[] for _ in chosen]
-        for index, place in enumerate(places):
-            answers[place].append(texts[index])
-        return answers
+        return [(texts[index], ids[index]) for index in range(len(chosen))]
+
+    def _leave_whole(self, gone: Sequence[_Whole], *, tell: bool = False) -> None:
+        """These are done."""
+        self._whole = [each for each in self._whole if each not in gone]
+        for each in gone:
+            self._pool.release(each.ready)
+        if tell:
+            for job in {id(each.job): each.job for each in gone}.values():
+                job.give_up()
 
 
 def is_stepwise(pool: Pool, decode: DecodeSpec) -> bool:

@@ -151,6 +151,10 @@ class ServeSpec:
         for name in ("max_adapters", "batch_tokens", "max_queue", "max_connections", "max_body", "max_text"):
             at_least(f"serve.{name}", getattr(self, name), 1)
         at_least("serve.max_bytes", self.max_bytes, 1, optional=True)
+        if not self.host:
+            raise ConfigError(
+                "serve.host", "", "needs an address; 127.0.0.1: this machine alone, 0.0.0.0: all others too"
+            )
         if not 0 <= self.port <= 65535:
             raise ConfigError("serve.port", self.port, "a whole number from 0 to 65535")
         for name in ("timeout_s", "grace_s"):

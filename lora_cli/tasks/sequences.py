@@ -165,7 +165,10 @@ class Writer:
         # In turn a part of the template, to be read with its special tokens, and a guarded one (or none).
         parted = [re.split(f"([{marks}]+)", text) if marks else [text] for text in texts]
         meant = self.tokenizer(
-            [part for parts in parted for part in parts[::2]], add_special_tokens=False, return_attention_mask=False
+            [part for parts in parted for part in parts[::2]],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
         )["input_ids"]
         plain = self._tokenized([self.unguarded(part) for parts in parted for part in parts[1::2]])["input_ids"]
         sources = iter(meant), iter(plain)
@@ -188,6 +191,8 @@ class Writer:
             split_special_tokens=True,
             return_attention_mask=False,
             return_offsets_mapping=offsets,
+            # It would complain of long texts, which are cut here.
+            verbose=False,
         )
         for row, ids in enumerate(encoded["input_ids"]):
             # Special tokens are words to T5's model too, and found in a text: they are spelled out instead.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import signal
 import sys
 import threading
@@ -26,9 +27,9 @@ def run(talking: Finished) -> Path:
     return talking.path
 
 
-def started(*words: str, cwd: Path) -> tuple[Started, int]:
-    """A server in a process of its own, and its port."""
-    server = Started(["serve", *words, "serve.port=0", "device.threads=1"], cwd)
+def started(*words: str, cwd: Path, harm: Callable[[], object] | None = None) -> tuple[Started, int]:
+    """A server in a process of its own, to which `harm` is done first, and its port."""
+    server = Started(["serve", *words, "serve.port=0", "device.threads=1"], cwd, harm)
     end = time.monotonic() + 60
     while "\n" not in server.said:
         assert server.returncode is None, server.communicate(1)
@@ -70,7 +71,28 @@ def test_a_signal_ends_it_after_what_was_begun(number: signal.Signals, code: int
     assert server.returncode == code
     assert "Traceback" not in err
     assert len(out.splitlines()) == 1
-    assert err.splitlines()[-1].startswith("lora serve: ")
+    waits, last = err.splitlines()[-2:]
+    assert re.fullmatch(r"stopping   requests that still run: [12]; they get 10s", waits)
+    assert last.startswith("lora serve: ")
+
+
+def exhausted() -> None:
+    """Let the thread that computes end at the first answer."""
+    from lora_cli.serving.writing import Writing
+
+    def step(self: Writing) -> bool:
+        raise SystemError("the interpreter is at its end")
+
+    Writing.step = step  # type: ignore[method-assign]
+
+
+def test_it_ends_when_it_can_compute_nothing_any_more(run: Path) -> None:
+    server, port = started(f"run={run}", cwd=run.parent, harm=exhausted)
+    status, _ = post(port, {"model": run.name, "prompt": "hi"})
+    _, err = server.communicate(30)
+    assert (status, server.returncode) == (503, 1)
+    said = "internal error, nothing can be computed any more: SystemError: the interpreter is at its end"
+    assert err.splitlines()[-1] == f"lora serve: {said}"
 
 
 @pytest.fixture
@@ -86,6 +108,8 @@ def tokenless(monkeypatch: pytest.MonkeyPatch) -> None:
         (("run=,",), "needs a value"),
         (("run=nothing",), "no such run"),
         (("run=RUN", "serve.host=0.0.0.0"), "needs a token"),
+        (("run=RUN", "serve.host="), "serve.host: needs an address"),
+        (("run=RUN", "serve.host=no such host"), "serve.host=no such host: leads to no address: "),
         (("run=RUN", "serve.port=70000"), "from 0 to 65535"),
         (("run=RUN", "serve.max_queue=0"), "1 or more"),
         (("run=RUN", "serve.timeout_s=0"), "above 0"),
@@ -108,7 +132,7 @@ def test_a_missing_package_is_told_with_what_to_install(
 
     found = util.find_spec
     monkeypatch.setattr("lora_cli.commands.serve.find_spec", lambda n: None if n == name else found(n), raising=False)
-    assert "pip install 'lora-cli[serve]'" in refused("serve", f"run={run}")
+    assert refused("serve", f"run={run}") == "lora serve: needs packages: pip install 'lora-cli[serve]'"
 
 
 def test_an_address_in_use_is_refused_before_a_model_is_loaded(

@@ -222,6 +222,20 @@ def test_batches_come_longest_first_and_tell_how_far_they_are(tokenizer) -> None
     assert told == [(2, 5), (4, 5), (5, 5)]
 
 
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_the_tokens_of_an_answer_are_told_without_what_fills_up_its_batch(family: str, tokenizer) -> None:
+    model, told = tiny_lm(family), dict[int, list[int]]()
+    whole = answers(model, tokenizer, DecodeSpec(max_new_tokens=8), wrote=told.__setitem__)
+    stop = whole[0].split()[2]
+    stopped = answers(model, tokenizer, DecodeSpec(max_new_tokens=8, stop=[stop]))
+    for stops, wanted in (([], whole), ([stop], stopped)):
+        answers(model, tokenizer, DecodeSpec(max_new_tokens=8, stop=stops), wrote=told.__setitem__)
+        for number, text in enumerate(wanted):
+            said = tokenizer.decode(told[number], skip_special_tokens=True)
+            assert said.partition(stop if stops else "none")[0].strip() == text
+            assert len(told[number]) == 8 or told[number][-1] == EOS or said.strip().endswith(stop)
+
+
 def test_a_prompt_that_ends_in_the_pad_token_is_no_forgotten_mask(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

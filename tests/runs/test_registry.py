@@ -8,7 +8,7 @@ import pytest
 
 from lora_cli.errors import RunError, UnknownName
 from lora_cli.runs.directory import RunDirectory
-from lora_cli.runs.registry import find_run, run_of
+from lora_cli.runs.registry import find_adapter, find_run, run_of
 from runs.test_directory import config
 
 
@@ -34,15 +34,41 @@ def test_a_name_without_a_run_suggests_the_nearest(two_runs: list[RunDirectory])
         find_run(two_runs[0].path.name + "x")
 
 
+def test_a_name_in_a_folder_suggests_the_nearest_in_it(scratch: Path) -> None:
+    RunDirectory.create(config(), directory=Path("cls/intents"), overrides=[])
+    with pytest.raises(
+        UnknownName, match=r"^run=cls/intens: no such run. Did you mean cls/intents\? There are: cls/int"
+    ):
+        find_run("cls/intens")
+
+
+def test_latest_is_named_only_if_it_is_there(two_runs: list[RunDirectory]) -> None:
+    with pytest.raises(UnknownName) as error:
+        find_run("latst")
+    assert "latest" not in error.value.options
+    two_runs[1].finish()
+    with pytest.raises(UnknownName, match="Did you mean latest"):
+        find_run("latst")
+
+
+def test_a_run_that_is_being_trained_is_not_to_be_resumed(two_runs: list[RunDirectory]) -> None:
+    path = two_runs[0].path
+    with two_runs[0].held(), pytest.raises(RunError, match="is being trained and has no adapter yet"):
+        find_adapter(str(path))
+    with pytest.raises(RunError, match=rf"has no adapter \(status running\); lora resume run={path} finishes it"):
+        find_adapter(str(path))
+
+
 def test_an_empty_folder_is_no_run(scratch: Path) -> None:
     Path("empty").mkdir()
     with pytest.raises(RunError, match="neither a run"):
         find_run("empty")
 
 
-def test_latest_without_a_finished_run_says_what_makes_one(two_runs: list[RunDirectory]) -> None:
+@pytest.mark.parametrize("name", ["latest", "runs/latest"])
+def test_latest_without_a_finished_run_says_what_makes_one(name: str, scratch: Path) -> None:
     with pytest.raises(RunError, match="lora train makes one"):
-        find_run("latest")
+        find_run(name)
 
 
 def test_resume_takes_the_newest_run_of_the_same_configuration(two_runs: list[RunDirectory]) -> None:

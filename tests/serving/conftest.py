@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from commands.conftest import FILMS, MODEL, write_films
 from conftest import Completed
 from lora_cli.engine.device import open_device
+from lora_cli.runs.manifest import write_manifest
 from lora_cli.serving.adapters import Shelf
 from lora_cli.serving.api import build_app
 from lora_cli.serving.connections import connection_type
@@ -41,6 +42,7 @@ def move(run: Path, seed: int, size: float = 0.2) -> None:
     # As a run saves it: in a file of its own that takes the place of the old one.
     save_file(tensors, f"{file}.new", metadata={"format": "pt"})
     Path(f"{file}.new").replace(file)
+    write_manifest(run)
 
 
 def copies(run: Path, *names: str, size: float = 0.2) -> None:

@@ -14,8 +14,9 @@ import torch
 
 from lora_cli.config import read_train_run
 from lora_cli.engine.evaluate import predict
-from lora_cli.errors import AdapterError, ConfigError, RunError, UnknownName
-from lora_cli.runs.directory import read_saved_config
+from lora_cli.errors import AdapterError, ConfigError, ModelError, RunError, UnknownName
+from lora_cli.runs.directory import RunDirectory, read_saved_config
+from lora_cli.runs.manifest import write_manifest
 from lora_cli.saved import Saved, open_saved
 from lora_cli.serving.adapters import Shelf
 from lora_cli.serving.jobs import Job, LabelJob, Late
@@ -148,7 +149,7 @@ def test_a_damaged_change_leaves_what_was_there_where_there_is_room_for_one(
     move(own / "a", 3, float("nan"))
     for _ in range(2):
         assert pool.classify(items(pool, ["a"])) == before
-    assert len(warnings) == 2
+    assert len(warnings) == 1, "once for each version of a file"
     move(own / "b", 3)
     assert pool.classify(items(pool, ["b"])) != before
     assert len(pool.bank.names) == 1
@@ -206,7 +207,10 @@ def test_what_does_not_fit_the_base_is_refused_by_name(
         pool_of(films / "a", own / "a")
     facts = own / "b" / "adapter" / "lora.json"
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"fingerprint": "0" * 64}))
-    with pytest.raises(AdapterError, match=r"runs/b: trained on another base"):
+    write_manifest(own / "b")
+    with pytest.raises(
+        AdapterError, match=r"runs/b: trained on another base than .*runs/a \(.*\): the same name, other"
+    ):
         pool_of(own)
     assert list(pool_of(own, force_base=True).entries) == ["a", "b"]
 
@@ -216,6 +220,55 @@ def test_a_folder_of_nothing_is_refused(tmp_path: Path) -> None:
         Shelf([str(tmp_path)])
     with pytest.raises(UnknownName):
         Shelf([str(tmp_path / "nothing")])
+
+
+def flip(file: Path) -> None:
+    """Change the last byte of a file."""
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "adapter/lora.json", "tokenizer/tokenizer.json"])
+def test_a_file_that_is_not_as_the_run_left_it_is_refused_by_name(name: str, own: Path) -> None:
+    flip(own / "b" / name)
+    with pytest.raises(RunError, match=rf"runs/b: {name} changed since the run ended \(manifest\.json\)"):
+        Shelf([str(own)])
+
+
+def test_what_describes_an_adapter_or_lies_beside_it_does_no_harm(own: Path) -> None:
+    (own / "b" / "adapter" / "plot.png").touch()
+    (own / "b" / "adapter" / "README.md").write_text("An adapter of ours.")
+    assert list(Shelf([str(own)]).entries) == ["a", "b"]
+
+
+def test_a_run_that_goes_on_may_save_another_adapter(own: Path) -> None:
+    flip(own / "b" / "adapter" / "adapter_model.safetensors")
+    RunDirectory(own / "b").update(status="running")
+    assert list(Shelf([str(own)]).entries) == ["a", "b"]
+
+
+def test_all_damaged_runs_of_a_folder_are_named(own: Path) -> None:
+    for name in ("a", "b"):
+        flip(own / name / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(RunError, match=r"^a, b cannot be used; the first: .*runs/a: adapter/"):
+        Shelf([str(own)])
+
+
+def test_a_damaged_tokenizer_is_found_at_the_start(own: Path, pool_of: Callable[..., Pool]) -> None:
+    (own / "b" / "tokenizer" / "tokenizer.json").write_text("{}")
+    (own / "b" / "manifest.json").unlink()
+    with pytest.raises(ModelError, match=r"runs/b/tokenizer: its tokenizer cannot be loaded"):
+        pool_of(own)
+
+
+def test_a_run_that_became_a_link_is_not_followed(films: Path, own: Path, pool_of: Callable[..., Pool]) -> None:
+    pool = pool_of(own)
+    shutil.rmtree(own / "a")
+    (own / "a").symlink_to(films / "two")
+    with pytest.raises(Unavailable, match=r"^the adapter a cannot be loaded$"):
+        pool.ready("a")
+    (own / "named").symlink_to(own / "b")
+    assert list(pool_of(own / "named").entries) == ["named"], "a link that is named is followed"
 
 
 def test_links_in_a_folder_are_no_adapters(own: Path) -> None:

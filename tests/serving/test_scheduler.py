@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lora_cli.serving.jobs import LabelJob, Stopping
+from lora_cli.serving.jobs import Busy, LabelJob, Stopping
 from lora_cli.serving.pool import Labelled, Pool
 from lora_cli.serving.scheduler import Scheduler
 from serving.conftest import wait_until
@@ -89,8 +89,7 @@ def test_one_thread_computes_where_torch_has_one(schedule: Callable[..., Schedul
 
 def test_all_who_wait_are_told_when_nothing_can_be_computed_any_more(schedule: Callable[..., Scheduler]) -> None:
     scheduler = schedule()
-    warned, hold = list[str](), threading.Event()
-    scheduler.pool.warn = warned.append
+    hold = threading.Event()
 
     def fail(name: str) -> Any:
         hold.wait(20)
@@ -106,10 +105,31 @@ def test_all_who_wait_are_told_when_nothing_can_be_computed_any_more(schedule: C
     with contextlib.suppress(Stopping):
         assert called.result(20) == 1, "done before, or told"
     assert any(isinstance(each[0], Stopping) for each in told)
-    assert "SystemError: the interpreter is at its end" in warned[0]
+    assert scheduler.failure == "SystemError: the interpreter is at its end"
     assert not scheduler.is_alive
     with pytest.raises(Stopping):
         scheduler.submit(jobs[0])
+
+
+def test_texts_that_are_just_being_taken_count_as_waiting(schedule: Callable[..., Scheduler]) -> None:
+    scheduler, begun, hold = schedule(threads=1), threading.Event(), threading.Event()
+    encode = scheduler.pool.encode
+
+    def encode_late(*words: Any) -> list[Labelled]:
+        begun.set()
+        hold.wait(20)
+        return encode(*words)
+
+    scheduler.pool.encode = encode_late  # type: ignore[method-assign]
+    (first, many, more), told = asked(3)
+    many.rows, more.rows = [{"text": "aa"}] * 990, [{"text": "aa"}] * 20
+    scheduler.call(lambda: [scheduler.submit(first), scheduler.submit(many)])
+    assert begun.wait(20)
+    assert scheduler.num_waiting == 990
+    with pytest.raises(Busy, match="990 texts are waiting already"):
+        scheduler.submit(more)
+    hold.set()
+    wait_until(lambda: all(told[:2]), 30)
 
 
 def test_who_gives_up_a_call_harms_nobody(schedule: Callable[..., Scheduler]) -> None:

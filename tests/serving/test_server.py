@@ -8,8 +8,14 @@ from typing import Any
 
 import pytest
 
+from lora_cli.errors import ConfigError
 from lora_cli.serving.server import listen, open_socket
 from lora_cli.spec import ServeSpec
+
+
+def test_a_host_that_is_another_machine_s_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^serve.host=192\.0\.2\.1: is no address of this machine$"):
+        open_socket(ServeSpec(host="192.0.2.1", port=0), "a token of theirs")
 
 
 def test_threads_take_short_turns_while_it_listens_and_usual_ones_afterwards() -> None:
@@ -24,3 +30,14 @@ def test_threads_take_short_turns_while_it_listens_and_usual_ones_afterwards() -
         listen(ends_at_once, listener, spec)
     assert turns == [pytest.approx(0.0001)]
     assert sys.getswitchinterval() == before
+
+
+def test_it_ends_without_a_signal_once_it_is_over() -> None:
+    async def starts_and_stops(scope: Any, receive: Callable[[], Any], send: Callable[[Any], Awaitable[None]]) -> None:
+        for _ in range(2):
+            await send({"type": (await receive())["type"] + ".complete"})
+
+    ticks = iter([False, True])
+    with open_socket(ServeSpec(port=0), None) as listener:
+        listen(starts_and_stops, listener, ServeSpec(port=0), is_over=lambda: next(ticks))
+    assert list(ticks) == []

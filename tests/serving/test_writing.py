@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -84,6 +85,46 @@ def test_answers_are_those_of_each_adapter_alone_whoever_joins_and_leaves(
     assert {key: pieces[-1].text for key, pieces in told.items()} == wanted
     assert all(len(pieces) == 1 and pieces[0].finish in ("stop", "length") for pieces in told.values())
     assert len(set(wanted.values())) > 2, "the answers differ"
+
+
+def test_draws_of_every_family_go_by_seeds_that_follow_and_are_counted(
+    writers: Path, pool_of: Callable[..., Pool]
+) -> None:
+    pool = pool_of(writers)
+    drawing = {"sample": True, "temperature": 1.5, "prompt": "hi", "max_new_tokens": 4}
+    pieces = sorted(answer(pool, seed=7, n=3, **drawing), key=lambda piece: piece.choice)
+    singles = [answer(pool, seed=seed, **drawing)[0] for seed in (7, 8, 9)]
+    assert pieces == [replace(piece, choice=number) for number, piece in enumerate(singles)]
+    assert len({piece.text for piece in pieces}) > 1
+    assert all((piece.num_written, piece.finish) == (4, "length") or piece.num_written <= 4 for piece in pieces)
+    assert not pool.is_in_use
+
+
+def test_answers_that_draw_nothing_are_the_same(writers: Path, pool_of: Callable[..., Pool]) -> None:
+    pool = pool_of(writers)
+    assert [piece.choice for piece in answer(pool, n=2)] == [0, 1]
+    assert len({(piece.text, piece.num_written, piece.finish) for piece in answer(pool, n=2)}) == 1
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_draw_that_fails_ends_its_job_alone(
+    after: int, writers: Path, pool_of: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, good, bad = pool_of(writers), list[Any](), list[Any]()
+    # A penalty lets a decoder be answered by whole calls too.
+    jobs = [job(pool, "x", "hi", bad, sample=True, n=3, repetition_penalty=1.1), job(pool, "y", "hi", good)]
+    whole, calls = Writing._generated, iter(range(10))
+
+    def fail(self: Writing, chosen: Any) -> Any:
+        if chosen[0].job is jobs[0] and next(calls) == after:
+            raise RuntimeError("out of registers")
+        return whole(self, chosen)
+
+    monkeypatch.setattr(Writing, "_generated", fail)
+    finish(Writing(pool, 4096), deque(jobs))
+    assert [str(each) for each in bad[after:]] == ["out of registers"]
+    assert [piece.text for piece in good] == [answer(pool, "y")[0].text]
+    assert not pool.is_in_use
 
 
 @pytest.fixture
@@ -208,6 +249,15 @@ def test_an_answer_whose_token_cannot_be_chosen_fails_with_its_job_alone(
     assert [str(each) for each in bad] == ["probability tensor contains nan"]
     assert [piece.text for piece in good] == [answer(pool)[0].text] * 2
     assert not pool.is_in_use
+
+
+def test_a_long_prompt_is_cut_without_a_word(
+    pool: Pool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    pool.ready("x").tokenizer.model_max_length = 100
+    assert answer(pool, prompt="hi " * 100)[0].num_prompt == 88
+    assert caplog.messages == []
 
 
 def test_a_prompt_that_fails_fails_alone(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
