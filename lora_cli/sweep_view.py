@@ -11,15 +11,16 @@ from rich.table import Table
 from lora_cli.comparison_view import chance, seconds, size
 from lora_cli.disk import write_atomic
 from lora_cli.errors import printable
-from lora_cli.report_page import sweep_page
 from lora_cli.runs.leaderboard import Board, Configuration, boards, write_leaderboard
 from lora_cli.runs.sweep import DONE, SweepJob, read_jobs, write_command
 from lora_cli.screen import Screen, count, significant
+from lora_cli.sweep_page import sweep_page
 
 __all__ = ["conclude"]
 
 _MAX_SENTENCES = 8
-_LEGEND = "; p: paired bootstrap against the first; * no other is as good, as small and as fast"
+_SPREAD = "; ± half of the 95 % interval over seeds"
+_TESTS = "; p: paired bootstrap against the first; * no other is as good, as small and as fast"
 
 
 def conclude(folder: Path, command: str, screen: Screen) -> bool:
@@ -36,7 +37,7 @@ def conclude(folder: Path, command: str, screen: Screen) -> bool:
         write_atomic(folder / "report.html", sweep_page(folder, jobs, found))
     for board in found:
         screen.show(_leaderboard(board, several=len(found) > 1))
-        screen.line(f"{board.split}/{board.metric}{_LEGEND if len(board.rows) > 1 else ''}")
+        screen.line(_legend(board))
         said = board.sentences
         screen.line("".join(f"\n{sentence}" for sentence in said[:_MAX_SENTENCES]))
         if len(said) > _MAX_SENTENCES:
@@ -60,11 +61,11 @@ def _leaderboard(board: Board, *, several: bool) -> Table:
     table.add_column(escape(f"{title}configuration"), overflow="fold")
     for head in (board.metric, "seeds", "p", "trains", "on disk", "memory", "time"):
         table.add_column(escape(head), justify="right", no_wrap=True)
-    for rank, row in enumerate(board.rows, 1):
+    for rank, (row, name) in enumerate(zip(board.rows, board.names, strict=True), 1):
         costs = row.costs
         table.add_row(
             f"{rank}{' *' if row.on_front else ''}",
-            escape(printable(row.title, 80)) or "as it is",
+            escape(printable(name, 80)) or "as it is",
             _value(row),
             str(len(row.values)),
             "" if rank == 1 else chance(row.p),
@@ -75,6 +76,12 @@ def _leaderboard(board: Board, *, several: bool) -> Table:
             style="bold" if rank == 1 else "",
         )
     return table
+
+
+def _legend(board: Board) -> str:
+    """What the table's figures are."""
+    spread = _SPREAD if any(row.interval is not None for row in board.rows) else ""
+    return f"{board.split}/{board.metric}{spread}{_TESTS if len(board.rows) > 1 else ''}"
 
 
 def _value(row: Configuration) -> str:
