@@ -45,7 +45,8 @@ def parallel_plot(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> 
         lines.append(f'<polyline{best} style="{style}" points="{" ".join(places)}">{told}</polyline>')
     # The best is drawn last, over all others, and the names of values over the lines.
     inside = "".join([*reversed(lines), *body])
-    return f'<div class="scroll plot"><svg viewBox="0 0 {width} {_HEIGHT}" role="img">{inside}</svg></div>'
+    size = f'viewBox="0 0 {width} {_HEIGHT}" style="min-width: {width}px"'
+    return f'<div class="scroll plot"><svg {size} role="img">{inside}</svg></div>'
 
 
 def _column(values: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:

@@ -107,8 +107,8 @@ def _against(board: Board, names: Sequence[str], figure: str, cost: str, label: 
     points = {name: [(row.costs[cost], row.mean)] for row, name in known if row.mean is not None}
     if len({point for ((point, _),) in points.values()}) < 2:
         return []
-    bars = {name: (min(row.values), max(row.values)) for row, name in known if len(row.values) > 1}
-    best = sorted((row.costs[cost], row.mean) for row in front(board, [cost]) if row.mean is not None)
+    bars = {name: (min(row.values), max(row.values)) for row, name in known if len(set(row.values)) > 1}
+    best = sorted({(row.costs[cost], row.mean) for row in front(board, [cost]) if row.mean is not None})
     plot = xy_plot(points, x_label=label, y_label=figure, dots=True, log_x=log, bars=bars, front=best)
     said = [
         *(["Bars: least to largest over seeds."] if bars else []),

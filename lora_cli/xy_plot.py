@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
@@ -15,8 +16,8 @@ _COLOURS, _KINDS = 8, 3
 """Classes c0 to c7 and k0 to k2, which the page draws: a colour, and a dash or a shape. More series begin again."""
 _WIDTH, _HEIGHT = 640, 300
 _LEFT, _TOP, _RIGHT, _BOTTOM = 60, 14, 20, 46
-_RADIUS, _RING, _MAX_RINGS = 5, 3, 5
-"""Of a dot, what each ring around it adds, and how many are drawn."""
+_RADIUS, _LINE, _RING, _MAX_RINGS = 5, 2, 3, 5
+"""Of a dot, of a line, what each one at the same place adds, and how many are drawn."""
 _MAX_LEGEND = 12
 _MAX_POINTS = 600
 """Points of a line that are drawn: no screen shows more."""
@@ -36,9 +37,9 @@ def xy_plot(
 ) -> str:
     """An <svg> that scrolls, and a legend: a line for each series, or with `dots` its points, each named by the series.
 
-    Points that are no finite numbers are left out; with `log_x` also those at 0 and below. Dots of several series at
-    one place are rings around each other, with their number. `bars` go from the lower to the upper value of a series,
-    through its first point; `front` is a line behind the dots.
+    Points that are no finite numbers are left out; with `log_x` also those at 0 and below. Lines and dots of several
+    series at one place have each other as edges, dots with their number, and the first is in front. `bars` go from the
+    lower to the upper value of a series, through its first point; `front` is a line behind the dots.
     """
     kept = {name: _thinned([point for point in points if _fits(point, log_x)]) for name, points in series.items()}
     kept = {name: points for name, points in kept.items() if points}
@@ -61,9 +62,7 @@ def xy_plot(
         (x, top), (_, bottom) = place((kept[name][0][0], high)), place((kept[name][0][0], low))
         body.append(f'<line class="bar {looks[name]}" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"/>')
     lines = {} if dots else {name: points for name, points in kept.items() if len(points) > 1}
-    for name, points in lines.items():
-        title = f"<title>{escape(printable(name, 120))}</title>"
-        body.append(f'<polyline class="{looks[name]}" points="{_path(map(place, points))}">{title}</polyline>')
+    body += _lines({name: _path(map(place, points)) for name, points in lines.items()}, looks)
     body += _dots({name: list(map(place, points)) for name, points in kept.items() if name not in lines}, looks)
     svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(body)}</svg>'
     return f'<div class="scroll plot">{svg}</div>{_legend(looks, lines=bool(lines))}'
@@ -80,6 +79,18 @@ def _thinned(points: Sequence[Point]) -> Sequence[Point]:
 
 def _path(places: Iterable[Point]) -> str:
     return " ".join(f"{x},{y}" for x, y in places)
+
+
+def _lines(paths: Mapping[str, str], looks: Mapping[str, str]) -> list[str]:
+    """Those that run alike as edges of each other, so that none hides another."""
+    drawn: list[str] = []
+    before = Counter[str]()
+    for name, path in paths.items():
+        wide = f' style="stroke-width: {_LINE + _RING * before[path]}"' if before[path] else ""
+        title = f"<title>{escape(printable(name, 120))}</title>"
+        drawn.append(f'<polyline class="{looks[name]}"{wide} points="{path}">{title}</polyline>')
+        before[path] = min(before[path] + 1, _MAX_RINGS)
+    return drawn[::-1]
 
 
 def _dots(series: Mapping[str, Sequence[Point]], looks: Mapping[str, str]) -> list[str]:

@@ -51,12 +51,12 @@ def test_what_is_no_number_is_left_out() -> None:
     assert xy_plot({"a": [(0, math.nan)]}, x_label="x", y_label="y") == "<p>nothing to draw</p>"
 
 
-def test_up_to_24_lines_look_different_and_so_do_their_names_in_the_legend() -> None:
+def test_all_lines_of_a_legend_look_different_and_as_their_names_do() -> None:
     series = {str(number): [(0, number), (1, number)] for number in range(12)}
     html = xy_plot(series, x_label="x", y_label="y")
-    looks = [line.attrib["class"] for line in svg_of(html).findall("polyline")]
-    assert len(set(looks)) == 12
-    assert re.findall(r'<i class="([^"]+)">', html) == looks
+    looks = {line.findtext("title"): line.attrib["class"] for line in svg_of(html).findall("polyline")}
+    assert len(set(looks.values())) == 12
+    assert dict(re.findall(r'<i class="([^"]+)"></i>([^<]+)', html)) == {look: name for name, look in looks.items()}
 
 
 def test_dots_at_one_place_are_rings_with_their_number_and_others_are_dots() -> None:
@@ -65,6 +65,13 @@ def test_dots_at_one_place_are_rings_with_their_number_and_others_are_dots() -> 
     assert radii["c"] == radii["a"] < radii["b"]
     assert re.findall("×[0-9]+", html) == ["×2"]
     assert [circle.findtext("title") for circle in svg_of(html).findall("circle")][:2] == ["b", "a"], "a is in front"
+
+
+def test_a_line_that_runs_as_another_does_is_its_edge() -> None:
+    html = xy_plot({"a": [(0, 1), (1, 1)], "b": [(0, 1), (1, 1)], "c": [(0, 0), (1, 2)]}, x_label="x", y_label="y")
+    drawn = {line.findtext("title"): line.attrib.get("style") for line in svg_of(html).findall("polyline")}
+    assert drawn == {"a": None, "b": "stroke-width: 5", "c": None}
+    assert list(drawn) == ["c", "b", "a"], "a is in front"
 
 
 def test_dots_of_one_series_hide_each_other() -> None:
