@@ -18,7 +18,7 @@ from lora_cli.page import Html
 from lora_cli.parallel_plot import parallel_plot
 from lora_cli.runs.difference import read_metrics
 from lora_cli.runs.directory import RunDirectory
-from lora_cli.runs.leaderboard import Board, Configuration, front, rounded
+from lora_cli.runs.leaderboard import Board, Configuration, front, shortened
 from lora_cli.runs.sweep import DONE, TRAINED, SweepJob, read_command
 from lora_cli.screen import significant
 from lora_cli.spec import LOSS_DOWNWARDS
@@ -157,8 +157,8 @@ def _heat_map(board: Board, figure: str, axes: Sequence[str], down: str, across:
         for place, other in enumerate(acrosses):
             if (mean := means.get((value, other))) is not None:
                 line[place] = (significant(mean, 4), _strength(mean, least, most, board.metric))
-        table.append((f"{down}={rounded(value)}", line))
-    parts = [page.heat_map(["", *(f"{across}={rounded(value)}" for value in acrosses)], table)]
+        table.append((f"{down}={shortened(value)}", line))
+    parts = [page.heat_map(["", *(f"{across}={shortened(value)}" for value in acrosses)], table)]
     if any(found.keys() != shared for found in cells.values()):
         said = f"Means of what every cell has: {', '.join(sorted(shared))}."
         parts.append(page.paragraph(said, quiet=True))

@@ -20,7 +20,7 @@ from lora_cli.runs.statistics import RESAMPLED, Answers, interval, mcnemar, pair
 from lora_cli.runs.sweep import TRAINED, SweepJob
 from lora_cli.spec import LOSS_DOWNWARDS
 
-__all__ = ["ALPHA", "Board", "Configuration", "boards", "front", "rounded", "write_leaderboard"]
+__all__ = ["ALPHA", "Board", "Configuration", "boards", "front", "shortened", "write_leaderboard"]
 
 ALPHA = 0.05
 """Below this p a difference counts as shown."""
@@ -101,7 +101,7 @@ class Board:
     def names(self) -> list[str]:
         """Titles of the rows for people: numbers to four digits, or to as many as tell the rows apart."""
         for digits in (4, 8):
-            found = [_title({key: rounded(value, digits) for key, value in row.keys.items()}) for row in self.rows]
+            found = [_title({key: shortened(value, digits) for key, value in row.keys.items()}) for row in self.rows]
             if len(set(found)) == len(found):
                 return found
         return [row.title for row in self.rows]
@@ -126,8 +126,8 @@ def boards(jobs: Sequence[SweepJob]) -> list[Board]:
     return [_board(goal, found) for goal, found in runs.items()]
 
 
-def rounded(value: str, digits: int = 4) -> str:
-    """A number that was typed, shorter if it is longer than `digits`."""
+def shortened(value: str, digits: int = 4) -> str:
+    """A value that was typed, in so many digits if it is a number and gets shorter by that."""
     try:
         short = f"{float(value):.{digits}g}"
     except ValueError:
