@@ -11,7 +11,7 @@ _COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#
 _WIDTH, _HEIGHT = 780, 400
 _LEFT, _TOP, _RIGHT, _BOTTOM = 64, 48, 250, 56
 _MAX_NAMES = 14
-"""Lines of a legend that fit beside the plot."""
+"""Lines of a legend that fit beside the plot. After as many as there are colours they are dashed."""
 
 
 def line_chart(
@@ -34,13 +34,13 @@ def line_chart(
         body.append(f'<text x="{_WIDTH - _RIGHT + 6}" y="{y + 4}">{level:.0%}</text>')
     for number, (name, group) in enumerate(lines.items()):
         colour = _COLOURS[number % len(_COLOURS)]
+        dash = ' stroke-dasharray="8 4"' if number // len(_COLOURS) % 2 else ""
         drawn = [[*line, *[line[-1]] * (longest - len(line))] for line in group]
         body += [_line(line, colour, 'stroke-opacity="0.25"') for line in drawn if len(drawn) > 1]
-        body.append(
-            _line([sum(values) / len(drawn) for values in zip(*drawn, strict=True)], colour, 'stroke-width="2.5"')
-        )
+        mean = [sum(values) / len(drawn) for values in zip(*drawn, strict=True)]
+        body.append(_line(mean, colour, f'stroke-width="2.5"{dash}'))
         if number < _MAX_NAMES:
-            body.append(_legend(number, colour, name, len(group)))
+            body.append(_legend(number, colour, name, len(group), dash))
     if len(lines) > _MAX_NAMES:
         body.append(_legend(_MAX_NAMES, "none", f"and {len(lines) - _MAX_NAMES} more", 1))
     heading = f'<text x="{_LEFT}" y="26" font-size="16" font-weight="600">{escape(title)}</text>'
@@ -84,7 +84,8 @@ def _axes(longest: int, x_label: str, y_label: str) -> str:
     return "\n".join(parts)
 
 
-def _legend(number: int, colour: str, name: str, lines: int) -> str:
+def _legend(number: int, colour: str, name: str, lines: int, dash: str = "") -> str:
     x, y = _WIDTH - _RIGHT + 44, _TOP + 8 + 20 * number
     text = escape(name if len(name) <= 20 else f"…{name[-19:]}") + (f" ({lines})" if lines > 1 else "")
-    return f'<path d="M{x} {y}h16" stroke="{colour}" stroke-width="3"/><text x="{x + 22}" y="{y + 4}">{text}</text>'
+    key = f'<path d="M{x} {y}h16" stroke="{colour}" stroke-width="3"{dash}/>'
+    return f'{key}<text x="{x + 22}" y="{y + 4}">{text}</text>'

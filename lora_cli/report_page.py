@@ -1,4 +1,4 @@
-"""A run, or a sweep, as an HTML page: what was reached, what it cost, how it came about, how to get it again."""
+"""A run as an HTML page: what was reached, what it cost, how it came about, how to get it again."""
 
 from __future__ import annotations
 
@@ -6,31 +6,22 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import combinations
-from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from lora_cli import page
-from lora_cli.comparison_view import chance, seconds, size
+from lora_cli.comparison_view import seconds, size
 from lora_cli.errors import RunError
 from lora_cli.page import Html
 from lora_cli.runs.difference import read_metrics
 from lora_cli.runs.directory import RunDirectory, read_saved_config, result_keys
-from lora_cli.runs.leaderboard import Board, Configuration
 from lora_cli.runs.predictions import read_predictions
-from lora_cli.runs.sweep import DONE, TRAINED, SweepJob, read_command
 from lora_cli.screen import count, significant
-from lora_cli.spec import LOSS_DOWNWARDS
 from lora_cli.xy_plot import xy_plot
 
-__all__ = ["run_page", "sweep_page"]
+__all__ = ["run_page"]
 
 _MAX_LABELS = 30
 """Rows of a confusion matrix that can be read."""
-_MAX_AXES = 3
-"""Swept keys of which every two make a heat map."""
-_MAX_CURVES = 40
 
 
 def run_page(run: RunDirectory, examples: int) -> str:
@@ -50,21 +41,6 @@ def run_page(run: RunDirectory, examples: int) -> str:
         parts += _answers(run, config, facts, examples)
     parts += [_trained(facts), _cost(facts), _again(run, facts), _setting(config, facts)]
     return page.document(title, parts)
-
-
-def sweep_page(folder: Path, jobs: Sequence[SweepJob], found: Sequence[Board]) -> str:
-    """The page of the sweep in `folder`, with what has finished of its `jobs`, and their boards."""
-    done = sum(job.status in TRAINED for job in jobs)
-    parts = [page.paragraph(f"{folder.name} · {done} of {len(jobs)} jobs finished", quiet=True)]
-    for board in found:
-        parts += _board(board)
-    if missing := [job for job in jobs if job.status not in DONE]:
-        parts.append(page.section("Not finished", _missing(missing)))
-    words = read_command(folder)
-    if words:
-        what = page.paragraph("The same command leaves what is finished alone and trains the rest.", quiet=True)
-        parts.append(page.section("Made by", page.command(words), what))
-    return page.document(f"Sweep over {_axes_named(found)}", parts)
 
 
 def _results(facts: Mapping[str, Any]) -> Html:
@@ -177,109 +153,6 @@ def _setting(config: Mapping[str, Any], facts: Mapping[str, Any]) -> Html:
         page.section("every key that changes results", keys, folded=True),
         page.section("data, base model, versions", page.facts(known.items()), folded=True),
     )
-
-
-def _board(board: Board) -> list[Html]:
-    figure = f"{board.split}/{board.metric}"
-    heads = [
-        "configuration",
-        board.metric,
-        "95 % interval",
-        "seeds",
-        "p",
-        "McNemar",
-        "trains",
-        "on disk",
-        "memory",
-        "time",
-    ]
-    rows = [_row(row, first=row is board.rows[0]) for row in board.rows]
-    said = [page.paragraph(sentence) for sentence in board.sentences]
-    note = "p: paired bootstrap over rows and seeds against the first. * no other is as good, as small and as fast."
-    parts = [
-        page.section(
-            f"{board.task}: {figure}", page.table(heads, rows, best=True), page.paragraph(note, quiet=True), *said
-        )
-    ]
-    for name, label, log in (("trainable", "parameters that train", True), ("train_s", "training time, s", False)):
-        points = {row.title: [(row.costs[name], row.mean)] for row in board.rows if row.mean is not None}
-        if len({point for each in points.values() for point, _ in each}) > 1:
-            plot = xy_plot(points, x_label=label, y_label=figure, dots=True, log_x=log)
-            parts.append(page.section(f"{figure} against {label}", Html(plot)))
-    parts += _heat_maps(board, figure)
-    curves = {row.title or "as it is": _mean_curve(row, board.metric) for row in board.rows[:_MAX_CURVES]}
-    if any(curves.values()):
-        plot = xy_plot(curves, x_label="step", y_label=f"validation/{board.metric}")
-        parts.append(page.section("While they trained (mean over seeds)", Html(plot)))
-    return parts
-
-
-def _row(row: Configuration, *, first: bool) -> list[object]:
-    low, high = row.interval or (None, None)
-    costs = row.costs
-    return [
-        f"{row.title or 'as it is'}{' *' if row.on_front else ''}",
-        significant(row.mean, 4),
-        "–" if low is None else f"{significant(low, 4)} to {significant(high, 4)}",
-        len(row.values),
-        "" if first else chance(row.p),
-        "" if first else chance(row.p_mcnemar),
-        f"{costs['trainable']:,.0f}",
-        size(costs["adapter_bytes"]),
-        size(costs["peak_memory_mib"] * 2**20),
-        seconds(costs["train_s"]),
-    ]
-
-
-def _mean_curve(row: Configuration, metric: str) -> list[tuple[float, float]]:
-    found: dict[float, list[float]] = {}
-    for path in row.runs:
-        with suppress(RunError):
-            for step, value in _series(read_metrics(Path(path)), f"validation/{metric}"):
-                found.setdefault(step, []).append(value)
-    return [(step, fmean(values)) for step, values in sorted(found.items())]
-
-
-def _heat_maps(board: Board, figure: str) -> list[Html]:
-    """For every two swept keys the mean metric of each pair of values, over all others."""
-    axes = list(dict.fromkeys(key for row in board.rows for key in row.keys))[:_MAX_AXES]
-    parts = []
-    for down, across in combinations(axes, 2):
-        cells: dict[tuple[str, str], list[float]] = {}
-        for row in board.rows:
-            if row.mean is not None and down in row.keys and across in row.keys:
-                cells.setdefault((row.keys[down], row.keys[across]), []).append(row.mean)
-        means = {pair: fmean(values) for pair, values in cells.items()}
-        if len(means) < 2:
-            continue
-        least, most = min(means.values()), max(means.values())
-        table = []
-        for value in dict.fromkeys(pair[0] for pair in means):
-            line = []
-            for other in dict.fromkeys(pair[1] for pair in means):
-                mean = means.get((value, other))
-                line.append(
-                    ("–", 0.0) if mean is None else (significant(mean, 4), _strength(mean, least, most, board.metric))
-                )
-            table.append((f"{down}={value}", line))
-        heads = ["", *(f"{across}={value}" for value in dict.fromkeys(pair[1] for pair in means))]
-        parts.append(page.section(f"{figure} by {down} and {across}", page.heat_map(heads, table)))
-    return parts
-
-
-def _strength(value: float, least: float, most: float, metric: str) -> float:
-    share = (value - least) / (most - least) if most > least else 1.0
-    return 1 - share if metric in LOSS_DOWNWARDS else share
-
-
-def _missing(jobs: Sequence[SweepJob]) -> Html:
-    rows = [(job.number, " ".join(job.overrides), job.status, job.error or "") for job in jobs]
-    return page.table(["job", "configuration", "status", "why"], rows, numbers=False)
-
-
-def _axes_named(found: Sequence[Board]) -> str:
-    keys = list(dict.fromkeys(key for board in found for row in board.rows for key in row.keys))
-    return ", ".join(keys) or "seeds"
 
 
 def _number(value: object) -> float:

@@ -5,7 +5,6 @@ A live bar on a terminal, plain aligned lines elsewhere. Knows numbers and names
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
@@ -18,12 +17,11 @@ from rich.text import Text
 
 from lora_cli.errors import printable
 
-__all__ = ["Screen", "count", "duration", "short", "significant"]
+__all__ = ["Screen", "count", "duration", "significant"]
 
 
 _MAX_COLUMNS = 5
 """Metrics beside each other in a table of results; what is wider than a terminal gets cut."""
-_LONG_FRACTION = re.compile(r"-?\d+\.\d{5,}(e-?\d+)?", re.ASCII)
 
 
 class Screen:
@@ -168,12 +166,6 @@ def significant(value: float | None, digits: int = 3) -> str:
     if value == 0 or 1e-3 <= abs(value) < 1:
         return f"{value:.{digits}f}"
     return f"{value:.{digits}g}"
-
-
-def short(value: object) -> str:
-    """A key's value for people: of a fraction with many digits, such as a search draws, four that count."""
-    text = str(value)
-    return f"{float(text):.4g}" if _LONG_FRACTION.fullmatch(text) else text
 
 
 def count(value: float) -> str:

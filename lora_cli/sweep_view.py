@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.markup import escape
@@ -13,17 +12,18 @@ from lora_cli.comparison_view import chance, seconds, size
 from lora_cli.disk import write_atomic
 from lora_cli.errors import printable
 from lora_cli.fitted_table import fitted_table
-from lora_cli.report_page import sweep_page
 from lora_cli.runs.leaderboard import Board, Configuration, boards, write_leaderboard
 from lora_cli.runs.sweep import DONE, SweepJob, read_jobs, write_command
-from lora_cli.screen import Screen, count, short, significant
+from lora_cli.screen import Screen, count, significant
+from lora_cli.sweep_page import sweep_page
 
 __all__ = ["conclude"]
 
 _MAX_SENTENCES = 8
 _SPARE = ("on disk", "memory", "time", "trains")
 """Columns that a narrow terminal can do without."""
-_LEGEND = "; p: paired bootstrap against the first; * no other is as good, as small and as fast"
+_SPREAD = "; ± half of the 95 % interval over seeds"
+_TESTS = "; p: paired bootstrap against the first; * no other is as good, as small and as fast"
 
 
 def conclude(folder: Path, command: str, screen: Screen) -> bool:
@@ -38,9 +38,9 @@ def conclude(folder: Path, command: str, screen: Screen) -> bool:
     if found:
         write_leaderboard(folder, found)
         write_atomic(folder / "report.html", sweep_page(folder, jobs, found))
-    for board in map(_for_people, found):
+    for board in found:
         screen.show(_leaderboard(board, several=len(found) > 1, width=screen.width))
-        screen.line(f"{board.split}/{board.metric}{_LEGEND if len(board.rows) > 1 else ''}")
+        screen.line(_legend(board))
         said = board.sentences
         screen.line("".join(f"\n{sentence}" for sentence in said[:_MAX_SENTENCES]))
         if len(said) > _MAX_SENTENCES:
@@ -57,23 +57,12 @@ def conclude(folder: Path, command: str, screen: Screen) -> bool:
     return not missing
 
 
-def _for_people(board: Board) -> Board:
-    """`board` with what sets its rows apart only, and with drawn values rounded."""
-    first, *others = board.rows
-    shared = [key for key, value in first.keys.items() if others and all(row.keys.get(key) == value for row in others)]
-    rows = []
-    for row in board.rows:
-        keys = {key: short(value) for key, value in row.keys.items() if key not in shared}
-        rows.append(replace(row, keys=keys))
-    return replace(board, rows=rows)
-
-
 def _leaderboard(board: Board, *, several: bool, width: int) -> Table:
     named = f"{board.task}: configuration" if several else "configuration"
     costs = [row.costs for row in board.rows]
     columns = {
         "": [f"{rank}{' *' if row.on_front else ''}" for rank, row in enumerate(board.rows, 1)],
-        named: [printable(row.title, 80) or "as it is" for row in board.rows],
+        named: [printable(name, 80) or "as it is" for name in board.names],
         board.metric: [_value(row) for row in board.rows],
         "seeds": [str(len(row.values)) for row in board.rows],
         "p": ["", *(chance(row.p) for row in board.rows[1:])],
@@ -84,6 +73,12 @@ def _leaderboard(board: Board, *, several: bool, width: int) -> Table:
     }
     styles = ["bold", *[""] * (len(board.rows) - 1)]
     return fitted_table(columns, width, folds=named, left=[""], spare=_SPARE, styles=styles)
+
+
+def _legend(board: Board) -> str:
+    """What the table's figures are."""
+    spread = _SPREAD if any(row.interval is not None for row in board.rows) else ""
+    return f"{board.split}/{board.metric}{spread}{_TESTS if len(board.rows) > 1 else ''}"
 
 
 def _value(row: Configuration) -> str:

@@ -22,9 +22,9 @@ from lora_cli.errors import ConfigError, RunError
 from lora_cli.launchers import Isolated
 from lora_cli.runs.difference import read_metrics
 from lora_cli.runs.sweep import read_jobs, record
-from lora_cli.screen import Screen, short, significant
+from lora_cli.screen import Screen, significant
 from lora_cli.spec import LOSS_DOWNWARDS
-from lora_cli.words import without_hydras
+from lora_cli.words import shortened, without_hydras
 
 __all__ = ["Search"]
 
@@ -91,7 +91,7 @@ class Search(Sweeper):
             self._try(optuna, study, trials, fixed, metric)
             failed = failed + len(trials) if _counted(optuna, study) == before else 0
         if study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
-            values = " ".join(f"{key}={short(value)}" for key, value in study.best_trial.params.items())
+            values = " ".join(f"{key}={shortened(value)}" for key, value in study.best_trial.params.items())
             text = f"job {study.best_trial.number}: {values}, {split}/{metric} {significant(study.best_value, 4)}"
             self._screen.fact("best", text)
 

@@ -16,7 +16,16 @@ from pathlib import Path
 from lora_cli.errors import ConfigError, UserError, nearest, printable
 from lora_cli.spec import all_keys, nested_specs
 
-__all__ = ["config_dirs", "is_sweep", "prepare", "sweep_folder", "take_literals", "value_of", "without_hydras"]
+__all__ = [
+    "config_dirs",
+    "is_sweep",
+    "prepare",
+    "shortened",
+    "sweep_folder",
+    "take_literals",
+    "value_of",
+    "without_hydras",
+]
 
 _FLAGS_WITH_VALUE = frozenset(
     f"-{short}" for short in ("c", "p", "cp", "cn", "cd", "i", "-cfg", "-package", "-config-path", "-config-name")
@@ -39,6 +48,8 @@ _TEMPLATE_KEYS = frozenset(("task.prompt", "task.target"))
 """Keys whose value has blanks and braces in it, which mean something to Hydra; \\n in them is a line break."""
 _PATH_KEYS = frozenset(("run", "input", "output", "model.path", "hydra.run.dir", "hydra.sweep.dir"))
 _PATH_KEYS |= {"lora.init_from", "task.data.train", "task.data.validation", "task.data.test"}
+
+_LONG_FRACTION = re.compile(r"-?\d+\.\d{5,}(e-?\d+)?", re.ASCII)
 
 
 def prepare(words: Sequence[str], root: type) -> list[str]:
@@ -72,6 +83,12 @@ def take_literals(words: Sequence[str], names: Collection[str] = ()) -> tuple[di
 def value_of(key: str, words: Sequence[str]) -> str | None:
     """What was typed for `key`, or None."""
     return next((word.partition("=")[2].strip("'\"") for word in words if word.startswith(f"{key}=")), None)
+
+
+def shortened(value: object, digits: int = 4) -> str:
+    """A key's value for people: of a fraction with many digits, such as a search draws, so many that count."""
+    text = str(value)
+    return f"{float(text):.{digits}g}" if _LONG_FRACTION.fullmatch(text) else text
 
 
 def without_hydras(words: Sequence[str]) -> list[str]:

@@ -16,10 +16,10 @@ PACKAGE = Path(__file__).parent.parent / "lora_cli"
 CONF = PACKAGE.parent / "conf"
 LAYERS = (
     ("errors", "__init__"),
-    ("spec",),
+    ("axis", "spec"),
     (
         *("activations", "chart", "disk", "dot_plot", "dropout", "families", "gpus", "growing_cache"),
-        *("hub", "lean_imports", "machine", "page", "process", "products"),
+        *("hub", "lean_imports", "machine", "page", "parallel_plot", "process", "products"),
         *("traced", "xy_plot"),
     ),
     ("plain_attention",),
@@ -35,7 +35,7 @@ LAYERS = (
     ("certificate", "comparison_view", "ground", "health", "reuse", "saved"),
     ("experiment",),
     ("bench_view",),
-    ("forecast", "ranks", "report_page", "serving", "trials"),
+    ("forecast", "ranks", "report_page", "serving", "sweep_page", "trials"),
     ("batch_size", "foresight", "sampled_steps", "train_view"),
     ("measured",),
     ("recording",),

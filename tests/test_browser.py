@@ -76,14 +76,38 @@ def test_a_page_asks_for_nothing_but_itself(name: str, pages) -> None:
     assert set(addresses) == {"data:,"}, "nor of any other host"
 
 
-@pytest.mark.parametrize("width", [360, 1200])
-@pytest.mark.parametrize("name", ["run", "sweep"])
-def test_a_page_fits_a_phone_and_a_desk(name: str, width: int, pages, tmp_path: Path) -> None:
-    """No part is wider than the window, but for tables, which scroll in a box of their own."""
-    probe = tmp_path / "probe.html"
-    script = "document.title = Math.max(0, ...[...f.contentDocument.body.children].map(e => e.scrollWidth))"
-    frame = f'<iframe id=f src="{pages[name].as_uri()}" width={width} height=900 onload="{script}"></iframe>'
+def measured(page: Path, width: int, number: str, folder: Path) -> int:
+    """A number that a script finds in `d`, the page's document in a window of this width."""
+    probe = folder / "probe.html"
+    script = f"const d = f.contentDocument; document.title = {number}"
+    frame = f'<iframe id=f src="{page.as_uri()}" width={width} height=900 onload="{script}"></iframe>'
     probe.write_text(f"<!doctype html><title>none</title>{frame}")
     shown = browse(probe, "--dump-dom", "--allow-file-access-from-files", "--virtual-time-budget=5000")
     (title,) = re.findall(r"<title>(.*?)</title>", shown.stdout)
-    assert 0 < int(title) <= width
+    return int(title)
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("name", ["run", "sweep"])
+def test_a_page_fits_a_phone_and_a_desk(name: str, width: int, pages, tmp_path: Path) -> None:
+    """No part is wider than the window, but for tables and plots, which scroll in a box of their own."""
+    widest = "Math.max(0, ...[...d.body.children].map(e => e.scrollWidth))"
+    assert 0 < measured(pages[name], width, widest, tmp_path) <= width
+
+
+def test_no_table_is_cut_at_a_desk(pages, tmp_path: Path) -> None:
+    hidden = "Math.max(...[...d.querySelectorAll('.scroll')].map(e => e.scrollWidth - e.clientWidth))"
+    assert measured(pages["sweep"], 1280, hidden, tmp_path) == 0
+
+
+def test_letters_of_a_plot_stay_readable_on_a_phone(pages, tmp_path: Path) -> None:
+    height = "Math.round(Math.min(...[...d.querySelectorAll('.tick')].map(e => e.getBoundingClientRect().height)))"
+    assert measured(pages["sweep"], 360, height, tmp_path) >= 10
+
+
+def test_what_a_configuration_is_called_stays_in_sight_where_its_figures_scroll(pages, tmp_path: Path) -> None:
+    left = "d.querySelector('.named td').getBoundingClientRect().left"
+    moved = f"(d.querySelector('.scroll').scrollLeft = 200, Math.round({left}))"
+    assert measured(pages["sweep"], 360, moved, tmp_path) == measured(
+        pages["sweep"], 360, f"Math.round({left})", tmp_path
+    )

@@ -40,3 +40,10 @@ def test_one_value_is_a_dot_and_text_is_escaped() -> None:
 def test_a_long_legend_ends_with_a_count() -> None:
     chart = drawn(**{f"kind {number}": [[0.5, 1.0]] for number in range(20)})
     assert "and 6 more" in [text.text for text in chart.iter(f"{SVG}text")]
+
+
+def test_after_all_colours_lines_are_dashed_and_so_are_their_names() -> None:
+    chart = drawn(**{f"kind {number}": [[0.5, 1.0]] for number in range(12)})
+    for tag in ("polyline", "path"):
+        looks = [(each.get("stroke"), each.get("stroke-dasharray")) for each in chart.iter(f"{SVG}{tag}")]
+        assert len(set(looks[-12:])) == 12

@@ -67,6 +67,13 @@ def test_the_page_forbids_itself_scripts_and_the_network() -> None:
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in found.tags
 
 
+def test_many_heads_stand_upright_and_few_do_not() -> None:
+    labels = [f"label_{number:03}" for number in range(12)]
+    many, few = (page.heat_map(heads, [("x", [("1", 0.5)])]) for heads in (["", *labels], ["", *labels[:3]]))
+    assert "upright" in many
+    assert "upright" not in few
+
+
 def test_the_best_row_and_a_full_cell_stand_out() -> None:
     assert parsed(page.table(["a", "b"], [["x", 1], ["y", 2]], best=True)).tags.count(("tr", {"class": "first"})) == 1
     strong, weak = (page.heat_map(["a"], [("x", [("1", share)])]) for share in (2.0, -1.0))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_cli.screen import Screen, count, duration, short, significant
+from lora_cli.screen import Screen, count, duration, significant
 
 
 @pytest.mark.parametrize(
@@ -21,20 +21,6 @@ def test_counts(value: float, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(5.4, "5s"), (101, "1m41s"), (7300, "2h01m")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0.007098936257405904, "0.007099"),
-        ("3.0000000004e-05", "3e-05"),
-        ("0.125", "0.125"),
-        ("16", "16"),
-        ("sst2", "sst2"),
-    ],
-)
-def test_a_drawn_value_is_rounded_and_a_typed_one_is_not(value: object, text: str) -> None:
-    assert short(value) == text
 
 
 def test_lines_are_plain_and_aligned_when_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

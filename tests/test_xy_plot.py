@@ -16,7 +16,7 @@ FINITE = st.floats(-1e12, 1e12)
 
 
 def svg_of(html: str) -> ElementTree.Element:
-    return ElementTree.fromstring(html[: html.index("</svg>") + 6])
+    return ElementTree.fromstring(html[html.index("<svg") : html.index("</svg>") + 6])
 
 
 def points(html: str, number: int = 0) -> list[tuple[float, float]]:
@@ -49,6 +49,46 @@ def test_what_is_no_number_is_left_out() -> None:
     html = xy_plot({"a": [(0, 1), (1, math.nan), (math.inf, 1), (2, 2)]}, x_label="x", y_label="y")
     assert len(points(html)) == 2
     assert xy_plot({"a": [(0, math.nan)]}, x_label="x", y_label="y") == "<p>nothing to draw</p>"
+
+
+def test_all_lines_of_a_legend_look_different_and_as_their_names_do() -> None:
+    series = {str(number): [(0, number), (1, number)] for number in range(12)}
+    html = xy_plot(series, x_label="x", y_label="y")
+    looks = {line.findtext("title"): line.attrib["class"] for line in svg_of(html).findall("polyline")}
+    assert len(set(looks.values())) == 12
+    assert dict(re.findall(r'<i class="([^"]+)"></i>([^<]+)', html)) == {look: name for name, look in looks.items()}
+
+
+def test_dots_at_one_place_are_rings_with_their_number_and_others_are_dots() -> None:
+    html = xy_plot({"a": [(1, 1)], "b": [(1, 1)], "c": [(2, 2)]}, x_label="x", y_label="y", dots=True)
+    radii = {circle.findtext("title"): float(circle.attrib["r"]) for circle in svg_of(html).findall("circle")}
+    assert radii["c"] == radii["a"] < radii["b"]
+    assert re.findall("×[0-9]+", html) == ["×2"]
+    assert [circle.findtext("title") for circle in svg_of(html).findall("circle")][:2] == ["b", "a"], "a is in front"
+
+
+def test_a_line_that_runs_as_another_does_is_its_edge() -> None:
+    html = xy_plot({"a": [(0, 1), (1, 1)], "b": [(0, 1), (1, 1)], "c": [(0, 0), (1, 2)]}, x_label="x", y_label="y")
+    drawn = {line.findtext("title"): line.attrib.get("style") for line in svg_of(html).findall("polyline")}
+    assert drawn == {"a": None, "b": "stroke-width: 5", "c": None}
+    assert list(drawn) == ["c", "b", "a"], "a is in front"
+
+
+def test_dots_of_one_series_hide_each_other() -> None:
+    html = xy_plot({"rows": [(1, 1), (1, 1), (2, 2)]}, x_label="x", y_label="y", dots=True)
+    assert len({circle.attrib["r"] for circle in svg_of(html).findall("circle")}) == 1
+    assert "×" not in html
+
+
+def test_bars_go_through_their_dots_and_the_front_from_dot_to_dot() -> None:
+    series, bars = {"a": [(1, 0.5)], "b": [(2, 0.7)]}, {"a": (0.1, 0.9)}
+    svg = svg_of(xy_plot(series, x_label="x", y_label="y", dots=True, bars=bars, front=[(1, 0.5), (2, 0.7)]))
+    first, second = svg.findall("circle")
+    (bar,) = (line for line in svg.findall("line") if "bar" in line.attrib["class"])
+    assert bar.attrib["x1"] == bar.attrib["x2"] == first.attrib["cx"]
+    assert 0 < float(bar.attrib["y1"]) < float(first.attrib["cy"]) < float(bar.attrib["y2"]) < 300
+    (front,) = (line for line in svg.findall("polyline") if line.attrib["class"] == "front")
+    assert front.attrib["points"] == " ".join(f"{dot.attrib['cx']},{dot.attrib['cy']}" for dot in (first, second))
 
 
 def test_names_are_escaped_and_told_in_a_legend() -> None:

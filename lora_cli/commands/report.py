@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora_cli.disk import shown, write_atomic
 from lora_cli.errors import ConfigError, RunError
-from lora_cli.report_page import run_page, sweep_page
+from lora_cli.report_page import run_page
 from lora_cli.runs.difference import read_metrics
 from lora_cli.runs.directory import RunDirectory
 from lora_cli.runs.leaderboard import boards
@@ -18,6 +18,7 @@ from lora_cli.runs.registry import find_run, is_bare_adapter
 from lora_cli.runs.sweep import find_sweep, read_jobs
 from lora_cli.screen import Screen
 from lora_cli.spec import ReportRun
+from lora_cli.sweep_page import sweep_page
 
 __all__ = ["run"]
 

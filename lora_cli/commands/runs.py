@@ -15,8 +15,9 @@ from lora_cli.fitted_table import fitted_table
 from lora_cli.runs.directory import read_saved_config, result_keys
 from lora_cli.runs.registry import all_runs
 from lora_cli.runs.summary import Summary, summary
-from lora_cli.screen import Screen, count, short, significant
+from lora_cli.screen import Screen, count, significant
 from lora_cli.spec import RunsRun
+from lora_cli.words import shortened
 
 __all__ = ["run"]
 
@@ -86,5 +87,5 @@ def _differing(runs: Sequence[Summary]) -> list[str]:
         key for key in dict.fromkeys(key for each in settings for key in each) if key not in ("lora.variant", "lora.r")
     ]
     keys = [key for key in keys if len({str(each.get(key)) for each in settings}) > 1]
-    told = [[f"{key.rpartition('.')[2]}={short(each[key])}" for key in keys if key in each] for each in settings]
+    told = [[f"{key.rpartition('.')[2]}={shortened(each[key])}" for key in keys if key in each] for each in settings]
     return [printable(" ".join(words), 80) for words in told] if keys else []

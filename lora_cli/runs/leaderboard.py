@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from lora_cli.errors import RunError, printable
 from lora_cli.runs.comparison import Spread
@@ -17,11 +19,14 @@ from lora_cli.runs.predictions import read_answers
 from lora_cli.runs.statistics import RESAMPLED, Answers, interval, mcnemar, paired_bootstrap
 from lora_cli.runs.sweep import TRAINED, SweepJob
 from lora_cli.spec import LOSS_DOWNWARDS
+from lora_cli.words import shortened
 
-__all__ = ["ALPHA", "Board", "Configuration", "boards", "write_leaderboard"]
+__all__ = ["ALPHA", "Board", "Configuration", "boards", "front", "write_leaderboard"]
 
 ALPHA = 0.05
 """Below this p a difference counts as shown."""
+_SAME_S, _SAME_SHARE = 1.0, 0.1
+"""Training times that differ by less than so many seconds, or such a share, are the same to whoever chooses."""
 _SEEDS = ("seed", "train.init_seed", "train.data_seed", "train.dropout_seed")
 _COSTS = ("train_s", "rows_per_s", "peak_memory_mib")
 
@@ -52,10 +57,14 @@ class Configuration:
     """The metric of each seed that has one."""
     costs: Mapping[str, float]
     """Means over the seeds: trainable (parameters), adapter_bytes, train_s, rows_per_s, peak_memory_mib."""
+    times: tuple[float, ...] = ()
+    """Seconds that each seed trained."""
     p: float | None = None
     """Paired bootstrap against the best; None of the best itself, and where predictions cannot be drawn again."""
     p_mcnemar: float | None = None
     """McNemar against the best, on the first seed that both have; None where rows are neither right nor wrong."""
+    same_answers: bool = False
+    """It predicts what the best does, for every row and seed."""
     on_front: bool = False
     """No other is at least as good with as few parameters and as little time, and better in one of them."""
 
@@ -90,10 +99,23 @@ class Board:
     rows: Sequence[Configuration] = field(default_factory=list)
 
     @property
+    def names(self) -> list[str]:
+        """Titles of the rows for people: of what sets them apart, numbers to four digits or to as many as do."""
+        first, *others = (row.keys for row in self.rows)
+        shared = {key for key, value in first.items() if others and all(keys.get(key) == value for keys in others)}
+        apart = [{key: value for key, value in row.keys.items() if key not in shared} for row in self.rows]
+        for digits in (4, 8):
+            found = [_title({key: shortened(value, digits) for key, value in keys.items()}) for keys in apart]
+            if len(set(found)) == len(found):
+                return found
+        return [_title(keys) for keys in apart]
+
+    @property
     def sentences(self) -> list[str]:
         """What the tests allow to say of the best beside each other one, in words."""
-        best, *others = self.rows
-        return [said for other in others if (said := _said(best, other))]
+        (best, *others), (first, *names) = self.rows, self.names
+        found = (_said(best, other, first, name) for other, name in zip(others, names, strict=True))
+        return [said for said in found if said]
 
 
 def boards(jobs: Sequence[SweepJob]) -> list[Board]:
@@ -166,16 +188,23 @@ def _board(goal: tuple[str, str, str, str], runs: Sequence[_Run]) -> Board:
     rows.sort(key=rank)
     best, *others = rows
     tested = [_tested(metric, row, best, titled) for row in others]
-    front = [
-        dataclasses.replace(row, on_front=_is_on_front(row, [best, *tested], downwards)) for row in [best, *tested]
-    ]
-    return Board(task, metric, split, front)
+    board = Board(task, metric, split, [best, *tested])
+    starred = front(board)
+    return dataclasses.replace(board, rows=[dataclasses.replace(row, on_front=row in starred) for row in board.rows])
+
+
+def front(board: Board, costs: Collection[str] = ("trainable", "train_s")) -> list[Configuration]:
+    """Pareto's front of the metric and `costs`: rows than which no other is at least as good and cheap, and better."""
+    scored = [row for row in board.rows if row.mean is not None]
+    sign = 1 if board.metric in LOSS_DOWNWARDS else -1
+    return [row for row in scored if not any(_beats(other, row, sign, costs) for other in scored)]
 
 
 def _configuration(runs: Sequence[_Run]) -> Configuration:
     costs = {name: fmean(run.costs[name] for run in runs) for name in runs[0].costs}
     values = tuple(run.value for run in runs if run.value is not None)
-    return Configuration(runs[0].keys, tuple(run.seed for run in runs), tuple(run.path for run in runs), values, costs)
+    seeds, paths = tuple(run.seed for run in runs), tuple(run.path for run in runs)
+    return Configuration(runs[0].keys, seeds, paths, values, costs, tuple(run.costs["train_s"] for run in runs))
 
 
 def _tested(
@@ -200,34 +229,40 @@ def _tested(
         assert against is not None
         p_mcnemar = mcnemar(first, against)
     p = paired_bootstrap(metric, known_mine, known_other, paired=paired)
-    return dataclasses.replace(row, p=p, p_mcnemar=p_mcnemar)
+    same = paired and all(
+        np.array_equal(one.predictions, two.predictions) for one, two in zip(known_mine, known_other, strict=True)
+    )
+    return dataclasses.replace(row, p=p, p_mcnemar=p_mcnemar, same_answers=same)
 
 
-def _is_on_front(row: Configuration, rows: Sequence[Configuration], downwards: bool) -> bool:
-    """Pareto's front of metric, parameters and time."""
-    if row.mean is None:
-        return False
-    sign = 1 if downwards else -1
-
-    def coordinates(each: Configuration) -> tuple[float, float, float] | None:
-        return None if each.mean is None else (sign * each.mean, each.costs["trainable"], each.costs["train_s"])
-
-    own = coordinates(row)
-    assert own is not None
-    for other in rows:
-        theirs = coordinates(other)
-        if theirs is not None and theirs != own and all(a <= b for a, b in zip(theirs, own, strict=True)):
-            return False
-    return True
+def _beats(other: Configuration, row: Configuration, sign: int, costs: Collection[str]) -> bool:
+    """Whether `other` is nowhere behind `row`, and ahead somewhere: in the metric (times `sign`) or one of `costs`."""
+    assert other.mean is not None
+    assert row.mean is not None
+    ahead = [sign * (row.mean - other.mean)]
+    for name in costs:
+        saved = row.costs[name] - other.costs[name]
+        ahead.append(0.0 if name == "train_s" and abs(saved) <= _noise(row, other) else saved)
+    return min(ahead) >= 0 and max(ahead) > 0
 
 
-def _said(best: Configuration, other: Configuration) -> str | None:
+def _noise(one: Configuration, two: Configuration) -> float:
+    """Seconds by which two training times may differ and tell nothing."""
+    longest = max(one.costs["train_s"], two.costs["train_s"])
+    return max(_SAME_S, _SAME_SHARE * longest, *(Spread(row.times).stdev or 0.0 for row in (one, two)))
+
+
+def _said(best: Configuration, other: Configuration, first: str, name: str) -> str | None:
+    """What can be said of `other`, called `name`, beside the best, called `first`."""
     if other.p is None or best.mean is None or other.mean is None:
         return None
+    if other.same_answers:
+        # And as the smaller is the first of two that are as good, nothing is to be said of sizes.
+        return f"{name} gives the same predictions as {first} on every row"
     shown = f"p = {other.p:.2g}" if other.p >= 0.001 else "p < 0.001"
     if other.p < ALPHA:
-        return f"{other.title} is worse than {best.title} ({shown})"
-    said = f"{other.title} is not significantly worse than {best.title} ({shown})"
+        return f"{name} is worse than {first} ({shown})"
+    said = f"{name} is not significantly worse than {first} ({shown})"
     ratio = best.costs["trainable"] / max(other.costs["trainable"], 1)
     return f"{said} and {ratio:.2g}× smaller" if ratio >= 1.5 else said
 

@@ -83,13 +83,57 @@ def test_words_say_no_more_than_was_shown(scratch: Path) -> None:
 
 def test_the_front_has_no_one_that_another_beats_in_everything(scratch: Path) -> None:
     made = {
-        "best": make_run(scratch / "best", right=0.9, parameters=400, train_s=4.0),
-        "small": make_run(scratch / "small", right=0.8, parameters=100, train_s=2.0),
-        "beaten": make_run(scratch / "beaten", right=0.7, parameters=200, train_s=3.0),
-        "fast": make_run(scratch / "fast", right=0.6, parameters=200, train_s=1.0),
+        "best": make_run(scratch / "best", right=0.9, parameters=400, train_s=40.0),
+        "small": make_run(scratch / "small", right=0.8, parameters=100, train_s=20.0),
+        "beaten": make_run(scratch / "beaten", right=0.7, parameters=200, train_s=30.0),
+        "fast": make_run(scratch / "fast", right=0.6, parameters=200, train_s=10.0),
     }
     (board,) = boards([SweepJob(n, (f"lora={name}",), path) for n, (name, path) in enumerate(made.items())])
     assert {row.title.partition("=")[2] for row in board.rows if row.on_front} == {"best", "small", "fast"}
+
+
+@pytest.mark.parametrize(("quick", "slow"), [(0.2, 0.9), (100.0, 109.0)])
+def test_no_larger_and_worse_one_is_on_the_front_because_it_was_a_little_faster(
+    quick: float, slow: float, scratch: Path
+) -> None:
+    good = make_run(scratch / "good", right=0.9, parameters=100, train_s=slow)
+    worse = make_run(scratch / "worse", right=0.8, parameters=200, train_s=quick)
+    (board,) = boards([SweepJob(0, ("lora.r=2",), good), SweepJob(1, ("lora.r=4",), worse)])
+    assert [row.on_front for row in board.rows] == [True, False]
+
+
+def test_times_that_the_seeds_spread_by_are_equal(scratch: Path) -> None:
+    jobs = []
+    for name, right, times in (("2", 0.9, (50.0, 80.0)), ("4", 0.7, (50.0, 50.0))):
+        for seed, train_s in enumerate(times):
+            path = make_run(scratch / f"{name}-{seed}", right=right, seed=seed, train_s=train_s)
+            jobs.append(SweepJob(len(jobs), (f"lora.r={name}", f"seed={seed}"), path))
+    (board,) = boards(jobs)
+    assert board.rows[0].times == (50.0, 80.0)
+    assert [row.on_front for row in board.rows] == [True, False]
+
+
+def test_the_same_predictions_are_called_that(scratch: Path) -> None:
+    words = {"lora.r=8": 400, "lora.r=2": 100}
+    paths = {word: make_run(scratch / word, right=0.7, seed=1, parameters=size) for word, size in words.items()}
+    (board,) = boards([SweepJob(n, (word,), path) for n, (word, path) in enumerate(paths.items())])
+    assert [row.same_answers for row in board.rows] == [False, True]
+    assert board.sentences == ["lora.r=8 gives the same predictions as lora.r=2 on every row"]
+
+
+def test_numbers_are_short_in_words_and_whole_in_files(scratch: Path) -> None:
+    values = ("0.0012296071107", "0.0088880000001", "12345678")
+    paths = [make_run(scratch / value, right=0.9 - 0.1 * n, seed=n) for n, value in enumerate(values)]
+    (board,) = boards([SweepJob(n, (f"train.lr={values[n]}",), path) for n, path in enumerate(paths)])
+    assert board.names == ["train.lr=0.00123", "train.lr=0.008888", "train.lr=12345678"]
+    assert board.sentences[0].startswith("train.lr=0.008888 is worse than train.lr=0.00123 ")
+    assert board.rows[0].title == "train.lr=0.0012296071107"
+
+
+def test_numbers_that_four_digits_do_not_tell_apart_have_more(scratch: Path) -> None:
+    paths = [make_run(scratch / str(n), right=0.9 - 0.1 * n, seed=n) for n in range(2)]
+    (board,) = boards([SweepJob(n, (f"train.lr=0.00123451{n}",), path) for n, path in enumerate(paths)])
+    assert board.names == ["train.lr=0.00123451", "train.lr=0.001234511"]
 
 
 def test_the_same_configuration_twice_counts_once(scratch: Path) -> None:
