@@ -30,7 +30,7 @@ def conclude(folder: Path, command: str, screen: Screen) -> bool:
     jobs = read_jobs(folder)
     if jobs:
         write_command(folder, command)
-    found = boards(jobs)
+    found = boards(jobs, screen.warning)
     if found:
         write_leaderboard(folder, found)
         write_atomic(folder / "report.html", sweep_page(folder, jobs, found))

@@ -24,10 +24,14 @@ def run(spec: ReportRun, *, directory: Path | None = None, overrides: Sequence[s
     Raises:
         UserError: there is no such run or sweep, it is damaged, or the file would replace something else.
     """
+    screen = Screen()
     if spec.sweep is not None:
         folder = find_sweep(spec.sweep)
         jobs = read_jobs(folder)
-        text = sweep_page(folder, jobs, boards(jobs))
+        found = boards(jobs, screen.warning)
+        if not found:
+            raise RunError(f"{folder}: no finished run of the sweep can be read; there is nothing to report")
+        text = sweep_page(folder, jobs, found)
     else:
         assert spec.run is not None
         folder = find_run(spec.run)
@@ -39,4 +43,4 @@ def run(spec: ReportRun, *, directory: Path | None = None, overrides: Sequence[s
     if target.exists() and not target.read_bytes().startswith(b"<!doctype html>"):
         raise ConfigError("output", str(target), "holds something else than a page; choose another file")
     write_atomic(target, text)
-    Screen().line(str(target))
+    screen.line(str(target))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -96,14 +95,21 @@ class Board:
         return [said for other in others if (said := _said(best, other))]
 
 
-def boards(jobs: Sequence[SweepJob]) -> list[Board]:
-    """A board for each task of a sweep, in the order of its jobs; a job whose run cannot be read counts as missing."""
+def boards(jobs: Sequence[SweepJob], warn: Callable[[str], None] | None = None) -> list[Board]:
+    """A board for each task of a sweep, in the order of its jobs; a job whose run cannot be read counts as missing,
+    and `warn` is told.
+    """
     swept = _swept(jobs)
     runs: dict[tuple[str, str, str, str], list[_Run]] = {}
     for job, keys in zip(jobs, swept, strict=True):
         if job.run is not None and job.status in TRAINED:
-            with suppress(RunError, KeyError, OSError):
+            try:
                 run = _read(Path(job.run), keys)
+            except (RunError, KeyError, OSError) as error:
+                if warn is not None:
+                    why = f"has no {error}" if isinstance(error, KeyError) else str(error)
+                    warn(f"job {job.number} is not on the leaderboard, its run {job.run} cannot be read: {why}")
+            else:
                 runs.setdefault(run.goal, []).append(run)
     return [_board(goal, found) for goal, found in runs.items()]
 

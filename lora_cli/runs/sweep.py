@@ -38,7 +38,8 @@ class SweepJob:
     number: int
     overrides: tuple[str, ...]
     run: str | None = None
-    """The folder of its run; None if it did not get that far."""
+    """The folder of its run; None if it did not get that far. On disk one within the sweep's folder is relative to it,
+    so that a sweep can be moved."""
     error: str | None = None
     """Why it failed; None if it is finished or still runs."""
     status: str = "finished"
@@ -50,7 +51,10 @@ class SweepJob:
 
 def record(folder: Path, job: SweepJob) -> None:
     """Write down what became of a job, in place of what was known of it."""
-    write_json(folder / "jobs" / f"{job.number}.json", dataclasses.asdict(job))
+    run = job.run
+    if run is not None and Path(run).is_relative_to(folder):
+        run = Path(run).relative_to(folder).as_posix()
+    write_json(folder / "jobs" / f"{job.number}.json", {**dataclasses.asdict(job), "run": run})
 
 
 def read_jobs(folder: Path) -> list[SweepJob]:
@@ -58,7 +62,7 @@ def read_jobs(folder: Path) -> list[SweepJob]:
     found = []
     for file in (folder / "jobs").glob("*.json"):
         with suppress(RunError, KeyError, TypeError, ValueError):
-            found.append(_checked(read_json(file)))
+            found.append(_checked(read_json(file), folder))
         if len(found) > _MAX_JOBS:
             raise RunError(f"{folder}: more than {_MAX_JOBS:,} jobs")
     return sorted(found, key=lambda job: job.number)
@@ -95,9 +99,12 @@ def find_sweep(name: str) -> Path:
     raise UnknownName("sweep", name, ["latest", *folders], "sweep")
 
 
-def _checked(values: dict[str, object]) -> SweepJob:
+def _checked(values: dict[str, object], folder: Path) -> SweepJob:
     number, overrides, status = values["number"], values["overrides"], str(values["status"])
     if type(number) is not int or not isinstance(overrides, Sequence):
         raise ValueError
     texts = {name: None if values.get(name) is None else str(values[name]) for name in ("run", "error")}
+    # What was found elsewhere lies below runs/: a bare name is within the sweep.
+    if (run := texts["run"]) is not None and ("/" not in run or (folder / run).is_dir()):
+        texts["run"] = str(folder / run)
     return SweepJob(number, tuple(map(str, overrides)), texts["run"], texts["error"], status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,32 @@ def test_a_damaged_run_costs_nobody_else_anything(damage: str, scratch: Path) ->
     assert len(rows["lora.r=2"].values) == (3 if "predictions" in damage else 2)
     if "predictions" in damage:
         assert rows["lora.r=2"].p is None
+
+
+def test_a_run_that_cannot_be_read_is_named(scratch: Path) -> None:
+    jobs = sweep(scratch, r2=0.7)
+    (Path(jobs[1].run) / "run.json").unlink()
+    said: list[str] = []
+    boards(jobs, said.append)
+    (line,) = said
+    assert line.startswith(f"job 1 is not on the leaderboard, its run {jobs[1].run} cannot be read: ")
+
+
+@pytest.mark.parametrize("name", ["sweep", "runs/sweep"])
+def test_a_sweep_that_was_moved_or_copied_has_its_own_runs(name: str, scratch: Path) -> None:
+    folder, elsewhere = Path(name), Path("elsewhere")
+    for job in sweep(folder, r2=0.7):
+        record(folder, job)
+    assert [job.run for job in read_jobs(folder)] == [f"{name}/r2-{seed}" for seed in (1, 2, 3)]
+    record(folder, SweepJob(3, ("lora.r=4",), make_run(Path("runs/other/0"), right=0.8), status="found"))
+    shutil.copytree(folder, elsewhere / "sweep")
+    for _ in range(2):
+        (board,) = boards(read_jobs(elsewhere / "sweep"))
+        assert [list(row.runs) for row in board.rows] == [
+            ["runs/other/0"],
+            [f"elsewhere/sweep/r2-{seed}" for seed in (1, 2, 3)],
+        ]
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_failed_jobs_are_on_no_board(scratch: Path) -> None:
