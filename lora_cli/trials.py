@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_cli import isolation
 from lora_cli.config import compose, group_flags, to_plain
 from lora_cli.errors import ConfigError, UnknownName, UserError
-from lora_cli.reuse import is_current
+from lora_cli.reuse import clear, is_current
 from lora_cli.runs.comparison import Goal, Training, find_training, read_training
 from lora_cli.runs.directory import RunDirectory, signature
 from lora_cli.runs.starts import pinned
@@ -162,6 +162,8 @@ def train_isolated(
     what = "found in" if reused else "goes on in" if kept else "in"
     screen.fact(number, f"{trial.title}, seed {trial.seed}, {what} {path.name if path.parent == folder else path}")
     if not reused:
+        if why := clear(path):
+            screen.warning(why)
         path.mkdir(parents=True, exist_ok=True)
         output = path / "output.txt"
         code = _run_train(

@@ -85,7 +85,9 @@ def test_a_bad_rank_a_kill_and_lack_of_memory_cost_one_job_each(films: Path, cal
     assert all("lora.r=0: a whole number from 1" in why[number] for number in (4, 5))
     # By Python, by torch, or by an abort of compiled code: it depends on who asks for memory next.
     assert "memory" in why[6]
-    assert "4 of 8 jobs have not finished; the same command trains these only" in answer.err
+    assert "4 of 8 jobs have not finished; the same command trains the 2 valid ones only" in answer.err
+    assert json.loads((folder / "3" / "run.json").read_text())["status"] == "failed"
+    assert "resumes" not in (folder / "3" / "output.txt").read_text()
     rows = list(csv.DictReader((folder / "leaderboard.csv").read_text().splitlines()))
     assert {(row["title"], row["seeds"]) for row in rows} == {("lora.r=1", "2"), ("lora.r=2", "1"), ("lora.r=4", "1")}
     for row in rows:
