@@ -27,6 +27,8 @@ _RUN_VERBS = ("eval", "infer", "chat", "merge")
 """Verbs that take task and model from a saved run."""
 _ANSWERING_VERBS = ("infer", "chat")
 """Verbs that have nothing left to do when nobody reads what they say."""
+_SAVING_S = 5.0
+"""How long jobs that were interrupted are waited for."""
 _SWEEPS_OWN = ("hydra/launcher=", "hydra.launcher.", "hydra/sweeper=", "hydra.sweeper.")
 """Beginnings of words that mean nothing without -m."""
 _WRITING_VERBS = ("train", "rerun", "compare", "bench", "eval")
@@ -163,10 +165,11 @@ def _sweep(words: list[str]) -> int:
         words = ["hydra/launcher=isolated", *words]
     try:
         config.launch("train", words, run_here)
-    except KeyboardInterrupt:
-        end_dead(folder)
+    except KeyboardInterrupt as error:
+        # Other launchers leave their processes to themselves, which save and end, or go on on another machine.
+        end_dead(folder, patience_s=_SAVING_S)
         conclude(folder, typed, Screen())
-        raise
+        raise type(error)("the same command does the rest") from error
     end_dead(folder)
     leave(folder, before)
     return 0 if conclude(folder, typed, Screen()) else 1

@@ -26,9 +26,9 @@ from lora_cli.machine import processors
 from lora_cli.runs.directory import RunDirectory, signature
 from lora_cli.runs.registry import finished_runs
 from lora_cli.runs.starts import pinned
-from lora_cli.runs.sweep import SweepJob, claim, record
+from lora_cli.runs.sweep import TRAINED, SweepJob, claim, read_jobs, record
 from lora_cli.screen import Screen, significant
-from lora_cli.spec import TrainRun
+from lora_cli.spec import LOSS_DOWNWARDS, TrainRun
 from lora_cli.words import without_hydras
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class Isolated(Launcher):
         if unlogged:
             tracker = f"tracker={unlogged[0].spec.tracker.name}"
             self._screen.warning(
-                f"{tracker} is told nothing of what was found ({_numbers(unlogged)}); sweep.redo=all trains it again"
+                f"{tracker} is told nothing of what was found ({_numbers(unlogged)}); sweep.redo=all trains these again"
             )
         self._run(folder, deque(self._shared_out(waiting)), returned)
         reached = [None if own is None else returned.get(own) for own in numbers]
@@ -360,8 +360,9 @@ class Isolated(Launcher):
         except RunError as error:
             _failed(self._screen, folder, noted, str(error), self._shared)
             return
+        best = " (best so far)" if self._is_search and _is_best(folder, noted, job.spec, value) else ""
         record(folder, noted)
-        self._screen.fact(_number(noted), f"{_title(noted, self._shared)}: {_reached(job.spec, value)}")
+        self._screen.fact(_number(noted), f"{_title(noted, self._shared)}: {_reached(job.spec, value)}{best}")
 
 
 class Fused(Isolated):
@@ -451,6 +452,18 @@ def _metric(path: Path, spec: TrainRun) -> float | None:
     metrics = RunDirectory(path).facts()["metrics"]
     value: float | None = metrics.get(spec.task.split, {}).get(spec.task.metrics[0])
     return value
+
+
+def _is_best(folder: Path, noted: SweepJob, spec: TrainRun, value: float | None) -> bool:
+    """Whether no other job of the folder has reached as much."""
+    others: list[float | None] = []
+    for job in read_jobs(folder):
+        if job.run is not None and job.status in TRAINED and job.number != noted.number:
+            # A run that is gone or damaged is none to be better than.
+            with suppress(RunError):
+                others.append(_metric(Path(job.run), spec))
+    sign = -1 if spec.task.metrics[0] in LOSS_DOWNWARDS else 1
+    return value is not None and all(other is None or sign * value > sign * other for other in others)
 
 
 def _reached(spec: TrainRun, value: float | None) -> str:

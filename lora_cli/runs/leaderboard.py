@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ __all__ = ["ALPHA", "Board", "Configuration", "boards", "write_leaderboard"]
 ALPHA = 0.05
 """Below this p a difference counts as shown."""
 _SEEDS = ("seed", "train.init_seed", "train.data_seed", "train.dropout_seed")
+_HOW = re.compile(r"(tracker|sweep|resume)(\.|$)")
+"""Keys that make no other configuration: the same folder may see them come and go."""
 _COSTS = ("train_s", "rows_per_s", "peak_memory_mib")
 
 
@@ -130,7 +133,7 @@ def write_leaderboard(folder: Path, found: Sequence[Board]) -> None:
 def _swept(jobs: Sequence[SweepJob]) -> list[dict[str, str]]:
     """For each job the overrides in which it differs from others, seeds apart."""
     parted = [dict(word.lstrip("+~").partition("=")[::2] for word in job.overrides) for job in jobs]
-    keys = dict.fromkeys(key for words in parted for key in words if key not in _SEEDS)
+    keys = dict.fromkeys(key for words in parted for key in words if key not in _SEEDS and not _HOW.match(key))
     swept = [key for key in keys if len({words.get(key) for words in parted}) > 1]
     return [{key: words[key] for key in swept if key in words} for words in parted]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ _MAX_COMMAND = 1 << 16
 _MAX_JOBS = 1 << 16
 _STUDY = "study.jsonl"
 """What a search keeps in its folder."""
+_LOOKS_S = 0.1
 _LOGS = (".txt", ".log", ".out", ".err")
 
 
@@ -117,8 +119,14 @@ def leave(folder: Path, before: Mapping[int, int]) -> None:
             record(folder, dataclasses.replace(job, status="left"))
 
 
-def end_dead(folder: Path) -> None:
-    """Note as interrupted what jobs/ and a run say is running, though its process is gone."""
+def end_dead(folder: Path, *, patience_s: float = 0.0) -> None:
+    """Note as interrupted what jobs/ and a run say is running, though its process is gone.
+
+    Processes of this machine have `patience_s` to end by themselves.
+    """
+    latest = time.monotonic() + patience_s
+    while time.monotonic() < latest and any(job.status == "running" and _is_here(job) for job in read_jobs(folder)):
+        time.sleep(_LOOKS_S)
     for job in read_jobs(folder):
         if job.status == "running" and not _is_alive(job):
             record(folder, dataclasses.replace(job, status="interrupted"))
@@ -197,11 +205,17 @@ def find_sweep(name: str) -> Path:
 
 def _is_alive(job: SweepJob) -> bool:
     """Whether a process runs the job, on this machine or on another that shares the folder."""
-    if job.pid is not None and job.pid != os.getpid():
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(job.pid, 0)
-            return True
-    return job.run is not None and RunDirectory(Path(job.run)).is_held
+    return _is_here(job) or (job.run is not None and RunDirectory(Path(job.run)).is_held)
+
+
+def _is_here(job: SweepJob) -> bool:
+    """Whether another process of this machine runs the job."""
+    if job.pid is None or job.pid == os.getpid():
+        return False
+    with suppress(ProcessLookupError, PermissionError):
+        os.kill(job.pid, 0)
+        return True
+    return False
 
 
 def _are_same(some: SweepJob, other: SweepJob) -> bool:
