@@ -397,7 +397,9 @@ class Fused(Isolated):
                 alone.setdefault(f"{why} needs a process of its own", []).append(job)
         for group in groups.values():
             if len(group) > 1:
-                self._screen.fact("fused", f"{_numbers(group)} on one {group[0].spec.model.name}")
+                self._screen.fact(
+                    "fused", f"{_numbers(group)} on one {group[0].spec.model.name}, whose memory is each one's"
+                )
             elif not why_alone(group[0].spec) and not self._is_search:
                 alone.setdefault("no other has its base model, task and shape of batch", []).extend(group)
         for why, them in alone.items():

@@ -12,7 +12,7 @@ from lora_cli.tasks import build_task, load_rows
 
 __all__ = ["Known", "clear", "damage", "is_current"]
 
-Known = dict[tuple[str, int | None, tuple[str, ...]], dict[str, str]]
+Known = dict[tuple[str, int, tuple[str, ...]], dict[str, str]]
 """Fingerprints by split of rows that were read: by their task, seed and splits."""
 
 
