@@ -101,6 +101,14 @@ def test_the_same_configuration_twice_counts_once(scratch: Path) -> None:
     assert [len(row.values) for row in board.rows] == [1, 1]
 
 
+def test_how_a_job_was_run_is_no_part_of_its_configuration(scratch: Path) -> None:
+    paths = [make_run(scratch / str(n), right=0.8, seed=n) for n in range(2)]
+    jobs = [SweepJob(0, ("lora.r=2", "tracker=tensorboard", "tracker.project=x"), paths[0])]
+    jobs.append(SweepJob(1, ("lora.r=4", "sweep.redo=all"), paths[1]))
+    (board,) = boards(jobs)
+    assert {row.title for row in board.rows} == {"lora.r=2", "lora.r=4"}
+
+
 def test_other_tasks_have_a_board_of_their_own(scratch: Path) -> None:
     jobs = [
         SweepJob(0, ("task=a",), make_run(scratch / "a", right=0.8)),
