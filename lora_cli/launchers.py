@@ -69,7 +69,8 @@ def run_here(job: Job) -> float | None:
             Screen().warning(why)
         value = train.run(spec, directory=path, overrides=job.overrides)
     except KeyboardInterrupt as error:
-        record(folder, replace(noted, status="interrupted"))
+        if noted.run is not None:
+            record(folder, replace(noted, status="interrupted"))
         raise type(error)("the same command does the rest") from error
     except Exception as error:
         _failed(Screen(), folder, noted if noted.signature else claim(folder, noted), in_words(error))
@@ -398,7 +399,7 @@ class Fused(Isolated):
         for group in groups.values():
             if len(group) > 1:
                 self._screen.fact(
-                    "fused", f"{_numbers(group)} on one {group[0].spec.model.name}, whose memory is each one's"
+                    "fused", f"{_numbers(group)} on one {group[0].spec.model.name}; each tells the memory of all"
                 )
             elif not why_alone(group[0].spec) and not self._is_search:
                 alone.setdefault("no other has its base model, task and shape of batch", []).extend(group)

@@ -81,8 +81,8 @@ class SweepJob:
 def record(folder: Path, job: SweepJob) -> None:
     """Write down what became of a job, in place of what was known of it."""
     run = job.run
-    if run is not None and Path(run).is_relative_to(folder):
-        run = Path(run).relative_to(folder).as_posix()
+    if run is not None and (there := Path(run).resolve()).is_relative_to(own := folder.resolve()):
+        run = there.relative_to(own).as_posix()
     write_json(folder / "jobs" / f"{job.number}.json", {**dataclasses.asdict(job), "run": run})
 
 
@@ -152,7 +152,7 @@ def check_folder(folder: Path, *, anew: bool, searching: bool) -> None:
         if anew:
             refuse("holds a sweep already; sweep.redo=all needs a folder of its own")
         if (folder / _STUDY).exists() != searching:
-            refuse("holds a sweep that is no search; choose another" if searching else "holds a search; choose another")
+            refuse(f"holds a {'sweep that is no search' if searching else 'search'}; choose another folder")
         return
     if not (folder / "multirun.yaml").exists():
         # What commands say is often sent to a file where their results will be.

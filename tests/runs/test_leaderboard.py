@@ -142,7 +142,7 @@ def test_a_run_that_cannot_be_read_is_named(scratch: Path) -> None:
 def test_a_sweep_that_was_moved_or_copied_has_its_own_runs(name: str, scratch: Path) -> None:
     folder, elsewhere = Path(name), Path("elsewhere")
     for job in sweep(folder, r2=0.7):
-        record(folder, job)
+        record(folder.resolve(), job)
     assert [job.run for job in read_jobs(folder)] == [f"{name}/r2-{seed}" for seed in (1, 2, 3)]
     record(folder, SweepJob(3, ("lora.r=4",), make_run(Path("runs/other/0"), right=0.8), status="found"))
     shutil.copytree(folder, elsewhere / "sweep")

@@ -85,6 +85,6 @@ def test_a_folder_of_something_else_is_refused_by_its_key(scratch: Path) -> None
     assert refusal("runs") == f"hydra.sweep.dir=runs: {what}"
     what = "holds a sweep already; sweep.redo=all needs a folder of its own"
     assert refusal("sweep", anew=True) == f"hydra.sweep.dir=sweep: {what}"
-    assert refusal("search") == "hydra.sweep.dir=search: holds a search; choose another"
-    what = "holds a sweep that is no search; choose another"
+    assert refusal("search") == "hydra.sweep.dir=search: holds a search; choose another folder"
+    what = "holds a sweep that is no search; choose another folder"
     assert refusal("sweep", searching=True) == f"hydra.sweep.dir=sweep: {what}"
