@@ -186,10 +186,10 @@ def train_fused(trials: Sequence[Trial], goal: Goal, folder: Path, number: str, 
     output = folder / "output.txt"
     words = ["-m", "hydra/launcher=fused", *group_flags(), *first.words, f"seed={seeds}", f"hydra.sweep.dir={folder}"]
     code = _run_train(words, output)
-    jobs = {job.number: job for job in read_jobs(folder)}
+    jobs = {job.signature: job for job in read_jobs(folder)}
     found = []
-    for place, trial in enumerate(trials):
-        job = jobs.get(place)
+    for trial in trials:
+        job = jobs.get(trial.signature)
         if job is not None and job.run is not None and job.status in TRAINED:
             found.append(_read(trial, Path(job.run), goal, screen, reused=job.status == "found"))
         else:
