@@ -17,7 +17,7 @@ from typing import Any
 from lora_cli import __version__
 from lora_cli.errors import ConfigError, LoraError, UserError, nearest, printable
 from lora_cli.process import Terminated, outlive_readers, say_anything, signals_and_warnings
-from lora_cli.spec import BASE_KEYS, VERBS, ResumeRun, nested_specs
+from lora_cli.spec import BASE_KEYS, VERBS, ResumeRun, SweepSpec, nested_specs
 from lora_cli.words import is_sweep, sweep_folder, value_of
 
 __all__ = ["main"]
@@ -27,6 +27,10 @@ _RUN_VERBS = ("eval", "infer", "chat", "merge")
 """Verbs that take task and model from a saved run."""
 _ANSWERING_VERBS = ("infer", "chat")
 """Verbs that have nothing left to do when nobody reads what they say."""
+_SAVING_S = 5.0
+"""How long jobs that were interrupted are waited for."""
+_SWEEPS_OWN = ("hydra/launcher=", "hydra.launcher.", "hydra/sweeper=", "hydra.sweeper.")
+"""Beginnings of words that mean nothing without -m."""
 _WRITING_VERBS = ("train", "rerun", "compare", "bench", "eval")
 """Verbs whose files go to a folder that hydra.run.dir may choose."""
 
@@ -107,6 +111,7 @@ def _run(verb: str, words: list[str]) -> int:
     if verb == "eval" and "," in (value_of("lora.r", words) or ""):
         # Several ranks are one question about one run, so they need no -m.
         words = ["-m", *words]
+    _check_sweeping(words)
     if verb == "train" and is_sweep(words):
         _check_alone("a sweep; device.nproc=N gives each of its jobs N processes")
         return _sweep(words)
@@ -146,19 +151,27 @@ def _sweep(words: list[str]) -> int:
     """Many trainings: what becomes of each is noted in the sweep's folder, whichever launcher runs it."""
     from lora_cli import config
     from lora_cli.launchers import run_here
+    from lora_cli.runs.sweep import check_folder, end_dead, leave, states
     from lora_cli.screen import Screen
     from lora_cli.sweep_view import conclude
 
     typed = shlex.join(["lora", "train", *words])
     folder, words = sweep_folder("train", words)
     assert folder is not None
+    redo = SweepSpec(redo=value_of("sweep.redo", words) or "missing").redo
+    check_folder(folder, anew=redo == "all", searching=value_of("hydra/sweeper", words) == "optuna")
+    before = states(folder)
     if not any(word.startswith("hydra/launcher=") for word in words):
         words = ["hydra/launcher=isolated", *words]
     try:
         config.launch("train", words, run_here)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        # Other launchers leave their processes to themselves, which save and end, or go on on another machine.
+        end_dead(folder, patience_s=_SAVING_S)
         conclude(folder, typed, Screen())
-        raise
+        raise type(error)("the same command does the rest") from error
+    end_dead(folder)
+    leave(folder, before)
     return 0 if conclude(folder, typed, Screen()) else 1
 
 
@@ -169,6 +182,16 @@ def _check_folder(verb: str, words: Sequence[str]) -> None:
             raise ConfigError("hydra.run.dir", folder, f"lora {verb} makes no folder of a run; leave it out")
         if is_sweep(words):
             raise ConfigError("hydra.run.dir", folder, "is for one run; -m makes a folder of runs: hydra.sweep.dir=DIR")
+
+
+def _check_sweeping(words: Sequence[str]) -> None:
+    """Refuse words about the jobs of a sweep where there is none: Hydra would not say that it ignores them."""
+    if is_sweep(words) or any(word.startswith("hydra.mode=") for word in words):
+        return
+    for word in words:
+        if word.startswith(_SWEEPS_OWN):
+            key, _, value = word.partition("=")
+            raise ConfigError(key, value, "is for a sweep; add -m")
 
 
 def _check_alone(what: str) -> None:

@@ -96,6 +96,8 @@ def settle(streams: Sequence[Path], cwd: Path, environ: Mapping[str, str]) -> No
 def obey(words: Sequence[str]) -> None:
     """Be `lora WORDS` from here on: this process ends with the command."""
     sys.argv = ["lora", *words]
+    # Whoever forks may have been started as that module, of which runpy warns.
+    sys.modules.pop("lora_cli.__main__", None)
     runpy.run_module("lora_cli", run_name="__main__", alter_sys=True)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
@@ -26,10 +26,13 @@ from lora_cli.machine import processors
 from lora_cli.runs.directory import RunDirectory, signature
 from lora_cli.runs.registry import finished_runs
 from lora_cli.runs.starts import pinned
-from lora_cli.runs.sweep import SweepJob, record
+from lora_cli.runs.sweep import TRAINED, SweepJob, claim, read_jobs, record
 from lora_cli.screen import Screen, significant
-from lora_cli.spec import TrainRun
+from lora_cli.spec import LOSS_DOWNWARDS, TrainRun
 from lora_cli.words import without_hydras
+
+if TYPE_CHECKING:
+    from lora_cli.reuse import Known
 
 __all__ = ["Fused", "Isolated", "run_here"]
 
@@ -48,20 +51,29 @@ def run_here(job: Job) -> float | None:
     """
     assert job.sweep is not None
     assert job.sweep_number is not None
-    folder, noted = job.sweep, SweepJob(job.sweep_number, job.overrides, str(job.directory))
-    record(folder, replace(noted, status="running", pid=os.getpid()))
+    assert job.directory is not None
+    folder, path, noted = job.sweep, job.directory, SweepJob(job.sweep_number, job.overrides)
     try:
         spec: TrainRun = job.spec()
+        noted = claim(folder, replace(noted, signature=signature(to_plain(pinned(spec)))))
+        if path.name == str(job.sweep_number):
+            path = path.with_name(str(noted.number))
+        noted = replace(noted, run=str(path))
+        record(folder, replace(noted, status="running", pid=os.getpid()))
         if spec.sweep.redo == "missing":
             spec = replace(spec, resume="auto")
         from lora_cli.commands import train
+        from lora_cli.reuse import clear
 
-        value = train.run(spec, directory=job.directory, overrides=job.overrides)
+        if why := clear(path):
+            Screen().warning(why)
+        value = train.run(spec, directory=path, overrides=job.overrides)
     except KeyboardInterrupt as error:
-        record(folder, replace(noted, status="interrupted"))
+        if noted.run is not None:
+            record(folder, replace(noted, status="interrupted"))
         raise type(error)("the same command does the rest") from error
     except Exception as error:
-        _failed(Screen(), folder, noted, in_words(error))
+        _failed(Screen(), folder, noted if noted.signature else claim(folder, noted), in_words(error))
         return None
     record(folder, noted)
     return value
@@ -117,6 +129,7 @@ class Isolated(Launcher):
         self._context: Any = None
         self._shared: set[str] = set()
         """Words that all jobs have."""
+        self._is_introduced = False
         self.judge: Callable[[int, Path], bool] | None = None
         """Tells of a running job, by its number and run folder, whether it is to be stopped as hopeless."""
 
@@ -127,21 +140,54 @@ class Isolated(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run these jobs to their end, and return each one's metric (None of one that failed) in their order."""
         folder = Path(self._config.hydra.sweep.dir)
-        numbered = list(enumerate(job_overrides, initial_job_idx))
-        self._shared = set.intersection(*(set(overrides) for overrides in job_overrides))
-        if len(numbered) > 1:  # A search asks for them one by one.
-            self._screen.fact("sweep", f"{len(numbered)} jobs{self._pace()} in {folder}")
+        self._introduce(folder, job_overrides)
         found = finished_runs()
+        known: Known = {}
         returned: dict[int, float | None] = {}
         waiting: list[_Job] = []
-        for number, overrides in numbered:
+        numbers: list[int | None] = []
+        unlogged: list[_Job] = []
+        for number, overrides in enumerate(job_overrides, initial_job_idx):
             job = self._made(folder, number, overrides)
-            if job is None or self._is_found(folder, job, found, returned):
-                continue
-            record(folder, replace(job.noted, status="waiting"))
-            waiting.append(job)
+            own = job.noted.number if job else None
+            if job is not None and own in numbers:
+                self._screen.fact(_number(job.noted), f"{_title(job.noted, self._shared)}: given again, trained once")
+            elif job is not None and self._is_found(folder, job, found, known, returned):
+                unlogged += [job] * (job.spec.tracker.name != "none")
+            elif job is not None:
+                record(folder, replace(job.noted, status="waiting"))
+                waiting.append(job)
+            numbers.append(own)
+        if unlogged:
+            tracker = f"tracker={unlogged[0].spec.tracker.name}"
+            self._screen.warning(
+                f"{tracker} is told nothing of what was found ({_numbers(unlogged)}); sweep.redo=all trains these again"
+            )
         self._run(folder, deque(self._shared_out(waiting)), returned)
-        return [_returned(overrides, returned.get(number)) for number, overrides in numbered]
+        reached = [None if own is None else returned.get(own) for own in numbers]
+        return [_returned(overrides, value) for overrides, value in zip(job_overrides, reached, strict=True)]
+
+    def _introduce(self, folder: Path, job_overrides: Sequence[Sequence[str]]) -> None:
+        """Say what is about to run, once, and find which words all jobs have."""
+        typed = set.intersection(*(set(overrides) for overrides in job_overrides))
+        if len(job_overrides) == 1:  # What varies is known by what was typed then, if anything does.
+            typed &= set(self._config.hydra.overrides.task)
+            typed = typed if typed < set(job_overrides[0]) else set()
+        self._shared = typed
+        if self._is_introduced:
+            return
+        self._is_introduced = True
+        if self._is_search:
+            self._screen.fact("sweep", f"search, {self._config.hydra.sweeper.trials} trials{self._pace()} in {folder}")
+        else:
+            self._screen.fact(
+                "sweep", f"{len(job_overrides)} job{'s' * (len(job_overrides) > 1)}{self._pace()} in {folder}"
+            )
+
+    @property
+    def _is_search(self) -> bool:
+        """Whether it is a search of ours that asks for jobs."""
+        return str(self._config.hydra.sweeper.get("_target_", "")).startswith("hydra_plugins.lora.")
 
     def _made(self, folder: Path, number: int, overrides: Sequence[str]) -> _Job | None:
         """The job; None if its configuration is not valid, which has been told and noted then."""
@@ -149,12 +195,18 @@ class Isolated(Launcher):
         noted = SweepJob(number, tuple(own))
         try:
             spec: TrainRun = compose("train", own)
+            noted = replace(noted, signature=signature(to_plain(pinned(spec))))
         except LoraError as error:
-            _failed(self._screen, folder, noted, str(error), self._shared)
+            _failed(self._screen, folder, self._placed(folder, noted), str(error), self._shared)
             return None
+        noted = self._placed(folder, noted)
         resume = () if spec.sweep.redo == "all" else ("resume=auto",)
-        path = folder / self._subdir(number, overrides)
+        path = folder / self._subdir(noted.number, overrides)
         return _Job(replace(noted, run=str(path)), spec, (*own, *resume, *self._share(spec)), path)
+
+    def _placed(self, folder: Path, noted: SweepJob) -> SweepJob:
+        # A search knows its trials by their numbers, and may try the same twice.
+        return noted if self._is_search else claim(folder, noted)
 
     def _subdir(self, number: int, overrides: Sequence[str]) -> str:
         config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
@@ -168,16 +220,20 @@ class Isolated(Launcher):
             return []
         return [f"device.threads={max(1, processors() // self._n_jobs)}"]
 
-    def _is_found(self, folder: Path, job: _Job, found: Mapping[str, Path], returned: dict[int, float | None]) -> bool:
+    def _is_found(
+        self, folder: Path, job: _Job, found: Mapping[str, Path], known: Known, returned: dict[int, float | None]
+    ) -> bool:
         """Whether the same configuration has been trained on the same rows before; noted then."""
-        from lora_cli.reuse import is_current
+        from lora_cli.reuse import damage, is_current
 
         wanted = job.spec.candidates() or [job.spec]
         kept = next(filter(None, (found.get(signature(to_plain(pinned(each)))) for each in wanted)), None)
         if kept is None or job.spec.sweep.redo == "all":
             return False
         try:
-            if not is_current(RunDirectory(kept), job.spec):
+            if not is_current(RunDirectory(kept), job.spec, known):
+                if kept != job.folder and (why := damage(RunDirectory(kept))):
+                    self._screen.warning(f"{why}; {_number(job.noted)} does without it")
                 return False
         except LoraError:
             return False  # The job itself tells what is wrong with the rows.
@@ -239,7 +295,11 @@ class Isolated(Launcher):
 
     def _start(self, folder: Path, jobs: Sequence[_Job], running: list[_Running]) -> None:
         place = min(set(range(self._n_jobs)) - {each.place for each in running})
+        from lora_cli.reuse import clear
+
         for job in jobs:
+            if why := clear(job.folder):
+                self._screen.warning(why)
             job.folder.mkdir(parents=True, exist_ok=True)
         # At once, so that whatever interrupts what follows finds it among those to be stopped.
         running.append(self._started(folder, jobs, place))
@@ -288,7 +348,9 @@ class Isolated(Launcher):
                     f"{_title(job.noted, self._shared)}: stopped early, as others were better by then",
                 )
             elif code != 0:
-                _failed(self._screen, folder, job.noted, _why(code, each.output), self._shared)
+                why = _why(code, each.output)
+                _failed(self._screen, folder, job.noted, why, self._shared)
+                RunDirectory(job.folder).died("failed", why)
             else:
                 self._finished(folder, job, returned)
 
@@ -299,8 +361,9 @@ class Isolated(Launcher):
         except RunError as error:
             _failed(self._screen, folder, noted, str(error), self._shared)
             return
+        best = " (best so far)" if self._is_search and _is_best(folder, noted, job.spec, value) else ""
         record(folder, noted)
-        self._screen.fact(_number(noted), f"{_title(noted, self._shared)}: {_reached(job.spec, value)}")
+        self._screen.fact(_number(noted), f"{_title(noted, self._shared)}: {_reached(job.spec, value)}{best}")
 
 
 class Fused(Isolated):
@@ -327,16 +390,30 @@ class Fused(Isolated):
         from lora_cli.together import common, why_alone
 
         groups: dict[object, list[_Job]] = {}
+        alone: dict[str, list[_Job]] = {}
         for job in jobs:
             why = why_alone(job.spec)
             groups.setdefault((job.noted.number,) if why else common(job.spec), []).append(job)
             if why:
-                self._screen.fact("alone", f"{_number(job.noted)}: {why} needs a process of its own")
+                alone.setdefault(f"{why} needs a process of its own", []).append(job)
         for group in groups.values():
             if len(group) > 1:
-                numbers = ", ".join(str(job.noted.number) for job in group)
-                self._screen.fact("fused", f"jobs {numbers} on one {group[0].spec.model.name}")
+                self._screen.fact(
+                    "fused", f"{_numbers(group)} on one {group[0].spec.model.name}; each tells the memory of all"
+                )
+            elif not why_alone(group[0].spec) and not self._is_search:
+                alone.setdefault("no other has its base model, task and shape of batch", []).extend(group)
+        for why, them in alone.items():
+            self._screen.fact("alone", f"{_numbers(them)}: {why}")
         return list(groups.values())
+
+    def _introduce(self, folder: Path, job_overrides: Sequence[Sequence[str]]) -> None:
+        is_new = not self._is_introduced
+        super()._introduce(folder, job_overrides)
+        if is_new and self._is_search and self._n_jobs == 1:
+            self._screen.warning(
+                "a search asks for one job at a time: nothing is fused unless hydra.launcher.n_jobs is 2 or more"
+            )
 
     def _started(self, folder: Path, jobs: Sequence[_Job], place: int) -> _Running:
         if len(jobs) == 1:
@@ -380,12 +457,29 @@ def _metric(path: Path, spec: TrainRun) -> float | None:
     return value
 
 
+def _is_best(folder: Path, noted: SweepJob, spec: TrainRun, value: float | None) -> bool:
+    """Whether no other job of the folder has reached as much."""
+    others: list[float | None] = []
+    for job in read_jobs(folder):
+        if job.run is not None and job.status in TRAINED and job.number != noted.number:
+            # A run that is gone or damaged is none to be better than.
+            with suppress(RunError):
+                others.append(_metric(Path(job.run), spec))
+    sign = -1 if spec.task.metrics[0] in LOSS_DOWNWARDS else 1
+    return value is not None and all(other is None or sign * value > sign * other for other in others)
+
+
 def _reached(spec: TrainRun, value: float | None) -> str:
     return f"{spec.task.split}/{spec.task.metrics[0]} {significant(value)}"
 
 
 def _number(noted: SweepJob) -> str:
     return f"job {noted.number}"
+
+
+def _numbers(jobs: Sequence[_Job]) -> str:
+    """Of one "job 3", of several "jobs 3, 5"."""
+    return f"job{'s' * (len(jobs) > 1)} {', '.join(str(job.noted.number) for job in jobs)}"
 
 
 def _why(code: int | None, output: Path) -> str:

@@ -34,7 +34,7 @@ def conclude(folder: Path, command: str, screen: Screen) -> bool:
     jobs = read_jobs(folder)
     if jobs:
         write_command(folder, command)
-    found = boards(jobs)
+    found = boards(jobs, screen.warning)
     if found:
         write_leaderboard(folder, found)
         write_atomic(folder / "report.html", sweep_page(folder, jobs, found))
@@ -50,7 +50,7 @@ def conclude(folder: Path, command: str, screen: Screen) -> bool:
     missing = [job for job in jobs if job.status not in DONE]
     if missing:
         done = len(jobs) - len(missing)
-        screen.warning(f"{len(missing)} of {len(jobs)} jobs have not finished; the same command trains these only")
+        screen.warning(f"{len(missing)} of {len(jobs)} jobs have not finished; {_remedy(missing)}")
         screen.note(_missing(missing, set.intersection(*(set(job.overrides) for job in jobs))))
         if done and not found:
             screen.warning("no finished run can be read")
@@ -86,6 +86,13 @@ def _value(row: Configuration) -> str:
         return significant(row.mean)
     low, high = row.interval
     return f"{significant(row.mean)} ± {significant((high - low) / 2)}"
+
+
+def _remedy(missing: Sequence[SweepJob]) -> str:
+    valid = [job for job in missing if not job.is_invalid]
+    if not valid:
+        return "their configurations are not valid"
+    return f"the same command trains {'these' if len(valid) == len(missing) else f'the {len(valid)} valid ones'} only"
 
 
 def _missing(jobs: Sequence[SweepJob], shared: Collection[str]) -> Table:

@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_cli import isolation
 from lora_cli.config import compose, group_flags, to_plain
 from lora_cli.errors import ConfigError, UnknownName, UserError
-from lora_cli.reuse import is_current
+from lora_cli.reuse import clear, is_current
 from lora_cli.runs.comparison import Goal, Training, find_training, read_training
 from lora_cli.runs.directory import RunDirectory, signature
 from lora_cli.runs.starts import pinned
@@ -162,6 +162,8 @@ def train_isolated(
     what = "found in" if reused else "goes on in" if kept else "in"
     screen.fact(number, f"{trial.title}, seed {trial.seed}, {what} {path.name if path.parent == folder else path}")
     if not reused:
+        if why := clear(path):
+            screen.warning(why)
         path.mkdir(parents=True, exist_ok=True)
         output = path / "output.txt"
         code = _run_train(
@@ -184,10 +186,10 @@ def train_fused(trials: Sequence[Trial], goal: Goal, folder: Path, number: str, 
     output = folder / "output.txt"
     words = ["-m", "hydra/launcher=fused", *group_flags(), *first.words, f"seed={seeds}", f"hydra.sweep.dir={folder}"]
     code = _run_train(words, output)
-    jobs = {job.number: job for job in read_jobs(folder)}
+    jobs = {job.signature: job for job in read_jobs(folder)}
     found = []
-    for place, trial in enumerate(trials):
-        job = jobs.get(place)
+    for trial in trials:
+        job = jobs.get(trial.signature)
         if job is not None and job.run is not None and job.status in TRAINED:
             found.append(_read(trial, Path(job.run), goal, screen, reused=job.status == "found"))
         else:

@@ -115,7 +115,7 @@ def sweep_folder(verb: str, words: Sequence[str]) -> tuple[Path | None, list[str
     if not is_sweep(words):
         return None, list(words)
     if chosen := value_of("hydra.sweep.dir", words):
-        return Path(chosen), list(words)
+        return Path(chosen).expanduser(), list(words)
     if verb != "train":
         folder = Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}_sweep")
         return folder, [*words, f"hydra.sweep.dir={folder.as_posix()}"]
@@ -136,10 +136,17 @@ def sweep_folder(verb: str, words: Sequence[str]) -> tuple[Path | None, list[str
 
 
 def _swept_keys(words: Sequence[str]) -> list[str]:
-    """The last parts of the keys that have several values, for a name."""
-    parted = [word.lstrip("+~").partition("=") for word in words if not word.startswith("-")]
-    keys = [key for key, _, value in parted if "," in value and not value.startswith(("[", "{"))]
+    """The last parts of the keys that have several values, or of all if none has, for a name."""
+    parted = [word.lstrip("+~").partition("=")[::2] for word in without_hydras(words) if not word.startswith("-")]
+    keys = [key for key, value in parted if "," in _outside_brackets(value)] or [key for key, _ in parted]
     return [re.sub(r"[^A-Za-z0-9]+", "", re.split(r"[./]", key)[-1]) for key in keys][:_MAX_NAMED]
+
+
+def _outside_brackets(value: str) -> str:
+    """`value` without its lists and tables, in which a comma does not separate values of a sweep."""
+    while (shorter := re.sub(r"\[[^][]*\]|\{[^}{]*\}", "", value)) != value:
+        value = shorter
+    return value
 
 
 def _flags_first(words: Sequence[str], root: type) -> list[str]:

@@ -55,6 +55,16 @@ def test_other_verbs_have_nothing_to_go_on_with(scratch: Path) -> None:
     )
 
 
-def test_lists_are_no_sweeps_and_names_hold_no_slashes(scratch: Path) -> None:
-    assert folder_of("-m", "lora.targets=[a,b]").name[10:].startswith("_sweep_sweep_")
-    assert folder_of("-m", "lora.targets=[a],[b]", "+x/y=1,2").name[10:].startswith("_sweep_y_")
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["lora.targets=[a],[b,c]", "seed=1"], "targets"),
+        (["lora.targets=[a,b]", "seed=1,2"], "seed"),
+        (["lora.rank_pattern={a:[1,2],b:3}", "seed=1"], "rankpattern-seed"),
+        (["seed=1", "hydra/sweeper=optuna"], "seed"),
+        (["+x/y=1,2"], "y"),
+        ([], "sweep"),
+    ],
+)
+def test_it_is_named_by_what_is_swept_else_by_what_is_given(words: list[str], name: str, scratch: Path) -> None:
+    assert folder_of("-m", *words).name[10:].startswith(f"_sweep_{name}_")

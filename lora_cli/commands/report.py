@@ -29,10 +29,14 @@ def run(spec: ReportRun, *, directory: Path | None = None, overrides: Sequence[s
     Raises:
         UserError: there is no such run or sweep, it is damaged, or the file would replace something else.
     """
+    screen = Screen()
     if spec.sweep is not None:
         folder = find_sweep(spec.sweep)
         jobs = read_jobs(folder)
-        text = sweep_page(folder, jobs, boards(jobs))
+        found = boards(jobs, screen.warning)
+        if not found:
+            raise RunError(f"{folder}: no finished run of the sweep can be read; there is nothing to report")
+        text = sweep_page(folder, jobs, found)
     else:
         assert spec.run is not None
         folder = find_run(spec.run)
@@ -41,7 +45,7 @@ def run(spec: ReportRun, *, directory: Path | None = None, overrides: Sequence[s
         RunDirectory(folder).check_plain()
         text = run_page(RunDirectory(folder), spec.examples)
         for fault in _damage(RunDirectory(folder)):
-            Screen().warning(f"{fault}; the page is without it")
+            screen.warning(f"{fault}; the page is without it")
     target = Path(spec.output) if spec.output else folder / "report.html"
     if target.exists() and not target.read_bytes().startswith(b"<!doctype html>"):
         raise ConfigError("output", str(target), "holds something else than a page; choose another file")
@@ -51,7 +55,7 @@ def run(spec: ReportRun, *, directory: Path | None = None, overrides: Sequence[s
         if error.errno == errno.ENOSPC:
             raise
         raise RunError(f"{shown(target)}: {error.strerror}; output=FILE writes it elsewhere") from error
-    Screen().line(str(target))
+    screen.line(str(target))
 
 
 def _damage(run: RunDirectory) -> Iterator[str]:

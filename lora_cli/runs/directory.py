@@ -22,7 +22,7 @@ import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml  # type: ignore[import-untyped]
 
@@ -46,6 +46,7 @@ __all__ = [
 
 MAX_CONFIG_BYTES = 1 << 20
 _MAX_DEPTH = 20
+_LOOKS_S = 0.05
 _MAX_EVENTS = 50_000
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's where PyYAML was built with it: the one in Python takes minutes for a megabyte."""
@@ -95,6 +96,11 @@ class RunDirectory:
         )
         return run
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether the folder is a run's, finished or not, whole or damaged."""
+        return (self.path / "run.json").exists()
+
     @staticmethod
     def check_free(path: Path) -> None:
         """Refuse a folder that cannot become a run's.
@@ -116,7 +122,7 @@ class RunDirectory:
         """
         with (self.path / ".lock").open("a") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(lock)
             except BlockingIOError:
                 raise RunError(f"{self.path}: in use by another process; wait, or choose another folder") from None
             for folder in (self.path, self.checkpoints, self.path / "predictions"):
@@ -205,6 +211,13 @@ class RunDirectory:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         self.update(status=status, error=f"{type(error).__name__}: {error}".removesuffix(": "))
         self.log(f"stopped: {type(error).__name__}: {error}")
+
+    def died(self, status: str, error: str = "its process is gone") -> None:
+        """Note for a process that was killed what it could not; nothing if the run has ended, or goes on."""
+        # A damaged folder is none to write to.
+        with contextlib.suppress(RunError):
+            if self.is_begun and self.facts()["status"] == "running" and not self.is_held:
+                self.update(status=status, error=error)
 
     def finish(self, **facts: Any) -> None:
         """Mark the run finished and let runs/latest point to it."""
@@ -305,6 +318,20 @@ def point_latest(path: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(path.resolve().relative_to(root.resolve()), target_is_directory=True)
     temporary.replace(root / "latest")
+
+
+def _lock(file: IO[str]) -> None:
+    """Lock a file for this process alone.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    # It may have been somebody who only looked, see `is_held`.
+    time.sleep(_LOOKS_S)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _name(config: Mapping[str, Any]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_cli.errors import RunError, printable
+from lora_cli.errors import RunError
 from lora_cli.runs.comparison import Spread
 from lora_cli.runs.directory import RunDirectory, read_saved_config, write_csv, write_json
 from lora_cli.runs.predictions import read_answers
@@ -28,6 +28,8 @@ ALPHA = 0.05
 _SAME_S, _SAME_SHARE = 1.0, 0.1
 """Training times that differ by less than so many seconds, or such a share, are the same to whoever chooses."""
 _SEEDS = ("seed", "train.init_seed", "train.data_seed", "train.dropout_seed")
+_HOW = re.compile(r"(tracker|sweep|resume)(\.|$)")
+"""Keys that make no other configuration: the same folder may see them come and go."""
 _COSTS = ("train_s", "rows_per_s", "peak_memory_mib")
 
 
@@ -118,8 +120,10 @@ class Board:
         return [said for said in found if said]
 
 
-def boards(jobs: Sequence[SweepJob]) -> list[Board]:
-    """A board for each task of a sweep, in the order of its jobs; one whose run cannot be read is warned of."""
+def boards(jobs: Sequence[SweepJob], warn: Callable[[str], None] | None = None) -> list[Board]:
+    """A board for each task of a sweep, in the order of its jobs; a job whose run cannot be read counts as missing,
+    and `warn` is told.
+    """
     swept = _swept(jobs)
     runs: dict[tuple[str, str, str, str], list[_Run]] = {}
     for job, keys in zip(jobs, swept, strict=True):
@@ -127,9 +131,11 @@ def boards(jobs: Sequence[SweepJob]) -> list[Board]:
             try:
                 run = _read(Path(job.run), keys)
             except (RunError, KeyError, OSError) as error:
-                warnings.warn(f"job {job.number} is on no leaderboard: {printable(error)}", stacklevel=2)
-                continue
-            runs.setdefault(run.goal, []).append(run)
+                if warn is not None:
+                    why = f"has no {error}" if isinstance(error, KeyError) else str(error)
+                    warn(f"job {job.number} is not on the leaderboard, its run {job.run} cannot be read: {why}")
+            else:
+                runs.setdefault(run.goal, []).append(run)
     return [_board(goal, found) for goal, found in runs.items()]
 
 
@@ -149,7 +155,7 @@ def write_leaderboard(folder: Path, found: Sequence[Board]) -> None:
 def _swept(jobs: Sequence[SweepJob]) -> list[dict[str, str]]:
     """For each job the overrides in which it differs from others, seeds apart."""
     parted = [dict(word.lstrip("+~").partition("=")[::2] for word in job.overrides) for job in jobs]
-    keys = dict.fromkeys(key for words in parted for key in words if key not in _SEEDS)
+    keys = dict.fromkeys(key for words in parted for key in words if key not in _SEEDS and not _HOW.match(key))
     swept = [key for key in keys if len({words.get(key) for words in parted}) > 1]
     return [{key: words[key] for key in swept if key in words} for words in parted]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from lora_cli.errors import RunError
-from lora_cli.runs.directory import RunDirectory, read_saved_config
+from lora_cli.runs.directory import RunDirectory, read_json, read_saved_config
 from lora_cli.spec import LOSS_DOWNWARDS
 
 __all__ = ["Summary", "summary"]
@@ -20,7 +21,7 @@ class Summary:
 
     path: str
     status: str
-    """running, finished, failed, interrupted, or damaged."""
+    """running, finished, failed, interrupted, pruned (by a search), or damaged."""
     started: str | None = None
     task: str | None = None
     model: str | None = None
@@ -64,7 +65,7 @@ def _read(run: RunDirectory, facts: Mapping[str, Any], config: Mapping[str, Any]
     name = task["metrics"][0] if task["metrics"] else "loss"
     return Summary(
         path=str(run.path),
-        status=facts["status"],
+        status=_status(run, facts["status"]),
         started=facts.get("started"),
         task=task["name"],
         model=config["model"]["name"],
@@ -76,6 +77,17 @@ def _read(run: RunDirectory, facts: Mapping[str, Any], config: Mapping[str, Any]
         steps=facts.get("steps"),
         error=facts.get("error") if facts["status"] != "finished" else None,
     )
+
+
+def _status(run: RunDirectory, noted: str) -> str:
+    """What is `noted` in the run, but for what a killed process could not note, and what only a search knows."""
+    if noted == "running" and not run.is_held:
+        return "interrupted"
+    if noted == "interrupted":
+        with suppress(RunError):
+            job = read_json(run.path.parent / "jobs" / f"{run.path.name}.json")
+            return "pruned" if job.get("status") == "pruned" else noted
+    return noted
 
 
 def _seconds(text: str) -> float:

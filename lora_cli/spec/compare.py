@@ -117,13 +117,13 @@ class WhereSpec:
     model: str | None = None
     """Those on this base model."""
     status: str | None = None
-    """Those that are running, finished, failed or interrupted."""
+    """Those that are running, finished, failed, interrupted or pruned (stopped by a search)."""
     name: str | None = None
     """Those whose folder has this in its name, such as that of a sweep."""
 
     def __post_init__(self) -> None:
         if self.status is not None:
-            one_of("where.status", self.status, STATUSES, "status")
+            one_of("where.status", self.status, (*STATUSES, "pruned"), "status")
 
 
 @dataclass(kw_only=True)

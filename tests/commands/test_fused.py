@@ -22,7 +22,7 @@ def test_fused_jobs_are_the_runs_of_isolated_ones_to_the_last_byte(films: Path, 
     assert fused.code == 1, fused.err
     assert statuses(Path("fused")) == ["finished", "finished", "failed", "failed", "finished", "finished"]
     assert "jobs 0, 4 on one tiny-bert" in fused.err
-    assert "job 1: lora.init=eva needs a process of its own" in fused.err
+    assert "jobs 1, 5: lora.init=eva needs a process of its own" in fused.err
     assert "1 other trainings on the same base model" in Path("fused/0/output.txt").read_text()
     for number, r in (("0", 2), ("4", 4)):
         alone = call("train", *TINY, *FILMS, "train.epochs=1", f"lora.r={r}", f"hydra.run.dir=alone-{r}")
@@ -55,6 +55,21 @@ def test_a_process_that_is_killed_costs_its_jobs_and_the_same_words_go_on_from_t
     assert call(*alone, "lora.r=4", "hydra.run.dir=alone").code == 0
     (folder,) = Path("runs").glob("*_sweep_*")
     assert contents(folder / "1") == contents(Path("alone"))
+
+
+def test_who_has_no_partner_is_told_and_a_search_that_nothing_is_fused(films: Path, call) -> None:
+    words = (*FUSED, "train.max_steps=1")
+    assert (
+        "jobs 0, 1: no other has its base model, task and shape of batch" in call(*words, "task.max_length=16,32").err
+    )
+    search = call(*words, "hydra/sweeper=optuna", "hydra.sweeper.trials=1", "lora.r=2,4")
+    (folder,) = Path("runs").glob("*_sweep_r_*")
+    first, second, third, fourth, *_ = search.err.splitlines()
+    assert first == f"sweep      search, 1 trials in {folder}"
+    assert second.endswith("nothing is fused unless hydra.launcher.n_jobs is 2 or more")
+    assert third in (f"job 0      lora.r={r}: in {folder}/0" for r in (2, 4))
+    assert fourth.startswith("job 0      lora.r=")
+    assert fourth.endswith("(best so far)")
 
 
 @pytest.mark.parametrize(

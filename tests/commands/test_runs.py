@@ -127,6 +127,16 @@ def test_a_report_of_a_run_has_its_figures_and_how_to_get_them_again(here, call)
     assert len([tag for tag, _ in found.tags if tag == "polyline"]) >= 2, "losses and the metric"
 
 
+def test_no_page_is_made_of_a_sweep_whose_runs_are_gone(here, call, tmp_path) -> None:
+    (sweep,) = Path("runs").glob("*_sweep_*")
+    shutil.copytree(sweep / "jobs", tmp_path / "moved" / "jobs")
+    answer = call("report", f"sweep={tmp_path}/moved")
+    assert answer.code == 2
+    assert "job 0 is not on the leaderboard, its run" in answer.err
+    assert answer.err.splitlines()[-1].endswith("no finished run of the sweep can be read; there is nothing to report")
+    assert not (tmp_path / "moved" / "report.html").exists()
+
+
 def test_a_sweep_writes_its_report_and_it_can_be_made_again(here, call) -> None:
     (sweep,) = Path("runs").glob("*_sweep_*")
     first = (sweep / "report.html").read_text()

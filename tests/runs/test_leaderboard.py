@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,14 @@ def test_the_same_configuration_twice_counts_once(scratch: Path) -> None:
     assert [len(row.values) for row in board.rows] == [1, 1]
 
 
+def test_how_a_job_was_run_is_no_part_of_its_configuration(scratch: Path) -> None:
+    paths = [make_run(scratch / str(n), right=0.8, seed=n) for n in range(2)]
+    jobs = [SweepJob(0, ("lora.r=2", "tracker=tensorboard", "tracker.project=x"), paths[0])]
+    jobs.append(SweepJob(1, ("lora.r=4", "sweep.redo=all"), paths[1]))
+    (board,) = boards(jobs)
+    assert {row.title for row in board.rows} == {"lora.r=2", "lora.r=4"}
+
+
 def test_other_tasks_have_a_board_of_their_own(scratch: Path) -> None:
     jobs = [
         SweepJob(0, ("task=a",), make_run(scratch / "a", right=0.8)),
@@ -163,6 +172,32 @@ def test_a_damaged_run_costs_nobody_else_anything(damage: str, scratch: Path) ->
     assert len(rows["lora.r=2"].values) == (3 if "predictions" in damage else 2)
     if "predictions" in damage:
         assert rows["lora.r=2"].p is None
+
+
+def test_a_run_that_cannot_be_read_is_named(scratch: Path) -> None:
+    jobs = sweep(scratch, r2=0.7)
+    (Path(jobs[1].run) / "run.json").unlink()
+    said: list[str] = []
+    boards(jobs, said.append)
+    (line,) = said
+    assert line.startswith(f"job 1 is not on the leaderboard, its run {jobs[1].run} cannot be read: ")
+
+
+@pytest.mark.parametrize("name", ["sweep", "runs/sweep"])
+def test_a_sweep_that_was_moved_or_copied_has_its_own_runs(name: str, scratch: Path) -> None:
+    folder, elsewhere = Path(name), Path("elsewhere")
+    for job in sweep(folder, r2=0.7):
+        record(folder.resolve(), job)
+    assert [job.run for job in read_jobs(folder)] == [f"{name}/r2-{seed}" for seed in (1, 2, 3)]
+    record(folder, SweepJob(3, ("lora.r=4",), make_run(Path("runs/other/0"), right=0.8), status="found"))
+    shutil.copytree(folder, elsewhere / "sweep")
+    for _ in range(2):
+        (board,) = boards(read_jobs(elsewhere / "sweep"))
+        assert [list(row.runs) for row in board.rows] == [
+            ["runs/other/0"],
+            [f"elsewhere/sweep/r2-{seed}" for seed in (1, 2, 3)],
+        ]
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_failed_jobs_are_on_no_board(scratch: Path) -> None:
