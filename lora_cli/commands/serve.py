@@ -57,4 +57,4 @@ def run(spec: ServeRun, *, directory: Path | None = None, overrides: Sequence[st
         hosts = allowed_hosts(spec.serve, token)
         app = build_app(scheduler, spec.serve, token=token, hosts=hosts, warn=screen.warning, started=started)
         settle_down()
-        listen(app, listener, spec.serve)
+        listen(app, listener, spec.serve, end=lambda: scheduler.stop(0.0))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
+import math
 import os
 import socket
 import stat
@@ -18,11 +20,13 @@ from lora_cli.errors import ConfigError, printable
 from lora_cli.serving.connections import connection_type
 from lora_cli.spec import ServeSpec
 
-__all__ = ["address_of", "allowed_hosts", "is_loopback", "listen", "open_socket", "read_token"]
+__all__ = ["address_of", "allowed_hosts", "build_server", "is_loopback", "listen", "open_socket", "read_token"]
 
 _VARIABLE = "LORA_SERVE_TOKEN"
 _MAX_TOKEN = 4096
 _BACKLOG = 512
+_PARTING_S = 3
+"""Whoever is told that the time is up has so long to hear it."""
 _TURN_S = 1e-4
 """Seconds after which a thread that runs Python lets another one. Python's own are 5 ms, which the thread that computes
 would wait for at every operation as long as requests are read."""
@@ -86,12 +90,21 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def listen(app: Callable[..., Any], listener: socket.socket, spec: ServeSpec) -> None:
-    """Answer requests until SIGINT or SIGTERM, which take effect when running requests have ended or their time is up.
+def listen(
+    app: Callable[..., Any], listener: socket.socket, spec: ServeSpec, end: Callable[[], None] = lambda: None
+) -> None:
+    """Answer requests until SIGINT or SIGTERM, which take effect when running requests have ended or their time is up;
+    then `end` breaks them off.
 
     Raises:
         KeyboardInterrupt: as the signal.
     """
+    with _short_turns():
+        build_server(app, spec, end).run(sockets=[listener])
+
+
+def build_server(app: Callable[..., Any], spec: ServeSpec, end: Callable[[], None]) -> uvicorn.Server:
+    """What `listen` runs."""
     config = uvicorn.Config(
         app,
         http=connection_type(spec.max_connections),
@@ -102,10 +115,22 @@ def listen(app: Callable[..., Any], listener: socket.socket, spec: ServeSpec) ->
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=max(1, round(spec.grace_s)),
+        timeout_graceful_shutdown=math.ceil(spec.grace_s) + _PARTING_S,
     )
-    with _short_turns():
-        uvicorn.Server(config).run(sockets=[listener])
+    return _Server(config, spec.grace_s, end)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, grace_s: float, end: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._grace_s, self._end = grace_s, end
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(self._grace_s, self._end)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
 
 
 @contextlib.contextmanager
