@@ -9,7 +9,7 @@ from lora_cli.errors import ConfigError, listed, nearest, printable
 from lora_cli.serving.adapters import Entry
 from lora_cli.serving.gate import Refusal
 from lora_cli.serving.models import row_of
-from lora_cli.serving.schemas import ClassifyRequest
+from lora_cli.serving.schemas import MAX_NAME, ClassifyRequest
 
 __all__ = ["label_rows_of", "rounded", "texts_of"]
 
@@ -54,7 +54,7 @@ def _row(entry: Entry, text: Any, where: str) -> dict[str, Any]:
 def _check_columns(text: dict[str, str], columns: list[str], where: str) -> None:
     for name in text:
         if name not in columns:
-            near = nearest(name, columns)
+            near = nearest(name[:MAX_NAME], columns)
             hint = f" Did you mean {near}?" if near else ""
             said = f"{where}: no column '{printable(name, 40)}'.{hint} There are: {listed(columns)}"
             raise Refusal(422, said, param=where)

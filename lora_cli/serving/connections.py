@@ -54,7 +54,7 @@ class _Connection(HttpToolsProtocol):
         if self._head_bytes > _HEAD_BYTES:
             self._refuse(Refusal(431, f"a request's head may have {_HEAD_BYTES:,} bytes"))
         elif len(self.pipeline) > _AHEAD:
-            self._refuse(Refusal(429, f"{_AHEAD} requests may wait on a connection"))
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()

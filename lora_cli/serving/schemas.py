@@ -24,6 +24,8 @@ __all__ = [
     "WriteRequest",
 ]
 
+MAX_NAME = 64
+"""Characters of an unknown name that are compared with the known ones: it may be a megabyte."""
 MAX_INPUTS = 256
 """Texts in a request."""
 MAX_ANSWERS = 16
@@ -48,7 +50,7 @@ class _Body(BaseModel):
         names = list(cls.model_fields)
         for name in values:
             if name not in cls.model_fields:
-                near = nearest(name, names)
+                near = nearest(name[:MAX_NAME], names)
                 hint = f"Did you mean {near}? " if near else ""
                 said = {"field": name, "hint": hint, "names": listed(names)}
                 raise PydanticCustomError("unknown_field", "no such field. {hint}There are: {names}", said)

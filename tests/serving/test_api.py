@@ -18,8 +18,10 @@ from hypothesis import HealthCheck, given, settings
 
 from lora_cli import load, load_many
 from lora_cli.errors import ConfigError, UnknownName
+from lora_cli.serving.jobs import Piece, Token
+from lora_cli.serving.openai import Reply
 from lora_cli.serving.pool import Pool
-from lora_cli.serving.schemas import ChatRequest, CompletionRequest
+from lora_cli.serving.schemas import ChatMessage, ChatRequest, CompletionRequest
 
 from .conftest import TEXTS, Served, wait_until
 
@@ -260,6 +262,34 @@ def test_offsets_of_tokens_go_on_from_chunk_to_chunk(writer: Served) -> None:
     assert len(chunks) > 1
     for name in ("text_offset", "tokens"):
         assert [value for chunk in chunks for value in chunk[name]] == whole[name]
+
+
+def test_tokens_that_are_parts_of_a_character_are_told_apart_from_text() -> None:
+    token = Token("\ufffd", -1.0, (("\ufffd", -1.0), ("a", -1.5), ("\ufffd", -2.0)))
+    piece = Piece(0, "\ufffd", (token,), "length", 1, 1)
+    completion = Reply(CompletionRequest(model="x", prompt="hi", logprobs=3), 1)
+    completion.add(0, piece)
+    assert completion.whole()["choices"][0]["logprobs"]["top_logprobs"] == [{"\ufffd": -1.0, "a": -1.5}]
+    turn = ChatMessage(role="user", content="hi")
+    chat = Reply(ChatRequest(model="x", messages=[turn], logprobs=True, top_logprobs=3), 1)
+    chat.add(0, piece)
+    (told,) = chat.whole()["choices"][0]["logprobs"]["content"]
+    assert [told["bytes"], *(other["bytes"] for other in told["top_logprobs"])] == [None, None, [97], None]
+
+
+def test_the_description_says_what_is_answered(server: Served) -> None:
+    paths = server.get("/openapi.json").body["paths"]
+    for path, method, kind in (
+        ("/v1/classify", "post", "Classified"),
+        ("/v1/completions", "post", "Completion"),
+        ("/v1/chat/completions", "post", "ChatCompletion"),
+        ("/v1/models", "get", "Adapters"),
+        ("/v1/adapters", "post", "Adapter"),
+    ):
+        answers = paths[path][method]["responses"]
+        assert answers["200"]["content"]["application/json"]["schema"]["$ref"].endswith(f"/{kind}")
+        assert "405" in answers
+    assert list(paths["/metrics"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
 
 
 def test_who_is_still_told_something_when_time_is_up_hears_why_it_ends(
