@@ -127,7 +127,7 @@ def test_commands_of_a_page_run_in_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # A server does all that comes before it waits for requests.
-    monkeypatch.setattr("lora_cli.serving.server.listen", lambda app, listener, spec, **_: None)
+    monkeypatch.setattr("lora_cli.serving.server.listen", lambda *_: None)
     shutil.copytree(ROOT / "examples", "examples")
     skipped = []
     for block in blocks(page):

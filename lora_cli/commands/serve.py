@@ -26,7 +26,7 @@ def run(spec: ServeRun, *, directory: Path | None = None, overrides: Sequence[st
     if any(find_spec(name) is None for name in _PACKAGES):
         raise UserError("needs packages: pip install 'lora-cli[serve]'")
     from lora_cli.serving.adapters import Shelf
-    from lora_cli.serving.server import address_of, allowed_hosts, listen, open_socket, read_token
+    from lora_cli.serving.server import Ending, address_of, allowed_hosts, listen, open_socket, read_token
 
     token, screen = read_token(spec.serve), Screen()
     with open_socket(spec.serve, token) as listener:
@@ -62,6 +62,7 @@ def run(spec: ServeRun, *, directory: Path | None = None, overrides: Sequence[st
         def waits(number: int) -> None:
             screen.fact("stopping", f"requests that still run: {number}; they get {duration(spec.serve.grace_s)}")
 
-        listen(app, listener, spec.serve, is_over=lambda: scheduler.failure is not None, waits=waits)
+        ending = Ending(lambda: scheduler.stop(0.0), lambda: scheduler.failure is not None, waits)
+        listen(app, listener, spec.serve, ending)
         if scheduler.failure is not None:
             raise LoraError(f"internal error, nothing can be computed any more: {scheduler.failure}")

@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from lora_cli import __version__
-from lora_cli.errors import ConfigError, UnknownName, UserError, printable
+from lora_cli.errors import UnknownName, UserError, printable
 from lora_cli.serving.adapters import Entry
+from lora_cli.serving.answers import (
+    FAILURES,
+    Adapter,
+    Adapters,
+    ChatCompletion,
+    Classified,
+    Completion,
+    Deleted,
+    Standing,
+    answering,
+    describe_token,
+)
 from lora_cli.serving.asking import Asking, no_such_adapter, refusal_of
-from lora_cli.serving.gate import OPEN, Gate, Limits, Refusal, failure
+from lora_cli.serving.classifying import label_rows_of, rounded, texts_of
+from lora_cli.serving.gate import OPEN, PAGES, Gate, Limits, Refusal, failure
 from lora_cli.serving.jobs import Job, LabelJob, Piece, Stopping, WriteJob
 from lora_cli.serving.metrics import CONTENT_TYPE, Metrics
-from lora_cli.serving.models import row_of
-from lora_cli.serving.openai import Reply, decode_of, event, logprobs_of, rows_of, seed_of
+from lora_cli.serving.openai import Reply, decode_of, event, fields_of, logprobs_of, rows_of, seed_of
+from lora_cli.serving.refusals import add_handlers, check_json
 from lora_cli.serving.scheduler import Scheduler
 from lora_cli.serving.schemas import (
     AdapterRequest,
     ChatRequest,
     ClassifyRequest,
     CompletionRequest,
-    Failure,
     WriteRequest,
 )
 from lora_cli.serving.try_page import POLICY, api_page, try_page
@@ -37,25 +47,7 @@ from lora_cli.spec import ServeSpec
 __all__ = ["build_app"]
 
 T = TypeVar("T")
-_FAILURES: dict[int | str, dict[str, Any]] = {
-    code: {"model": Failure, "description": text}
-    for code, text in (
-        (400, "No readable request"),
-        (401, "No token, or a wrong one"),
-        (403, "Another host name than the server's"),
-        (404, "No such adapter"),
-        (408, "The body did not come in time"),
-        (413, "Too large"),
-        (415, "No JSON"),
-        (422, "Not what the route takes, or not what the adapter can do"),
-        (429, "Too many texts are waiting"),
-        (500, "Internal error"),
-        (503, "Not now: late, stopping, or an adapter that cannot be loaded"),
-    )
-}
-_STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}, "application/json": {}}}
-}
+_JSON = [Depends(check_json)]
 
 
 def build_app(
@@ -83,14 +75,13 @@ def build_app(
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
-        responses=_FAILURES,
+        responses=FAILURES,
     )
     routes = _Routes(scheduler, spec, metrics)
     routes.add_to(app)
-    app.add_exception_handler(Refusal, _refused)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _no_route)
-    app.add_exception_handler(Exception, _failed)
+    add_handlers(app)
+    if token is not None:
+        describe_token(app)
     limits = Limits(token, hosts, spec.max_body, spec.timeout_s)
     return Gate(app, limits, answered=metrics.answered, warn=warn)
 
@@ -103,32 +94,51 @@ class _Routes:
 
     def add_to(self, app: FastAPI) -> None:
         """Make them the application's."""
-        app.post("/v1/classify", summary="Labels or values of texts", response_model=dict[str, Any])(self.classify)
-        app.post("/v1/completions", summary="Answers to prompts", responses=_STREAM, response_model=None)(self.complete)
-        app.post("/v1/chat/completions", summary="Answers in a conversation", responses=_STREAM, response_model=None)(
-            self.chat
+        app.post("/v1/classify", summary="Labels or values of texts", **answering(Classified), dependencies=_JSON)(
+            self.classify
         )
-        app.get("/v1/models", summary="The adapters")(self.models)
-        app.get("/v1/models/{name}", summary="An adapter")(self.model)
-        app.post("/v1/adapters", summary="Add, or read anew, an adapter of the folders named at start")(self.put)
-        app.delete("/v1/adapters/{name}", summary="Let an adapter not be asked for any more")(self.drop)
-        app.get(OPEN[0], summary="Whether the server is there")(self.health)
-        app.get(OPEN[1], summary="Whether it answers")(self.readiness)
-        app.get("/metrics", summary="Figures for Prometheus", response_class=Response)(self.figures)
-        app.get("/", summary="A page to try adapters", response_class=HTMLResponse)(self.page)
+        app.post(
+            "/v1/completions",
+            summary="Answers to prompts",
+            **answering(Completion, streams=True),
+            dependencies=_JSON,
+        )(self.complete)
+        app.post(
+            "/v1/chat/completions",
+            summary="Answers in a conversation",
+            **answering(ChatCompletion, streams=True),
+            dependencies=_JSON,
+        )(self.chat)
+        app.get("/v1/models", summary="The adapters", **answering(Adapters))(self.models)
+        app.get("/v1/models/{name}", summary="An adapter", **answering(Adapter))(self.model)
+        app.post(
+            "/v1/adapters",
+            summary="Add, or read anew, an adapter of the folders named at start",
+            **answering(Adapter),
+            dependencies=_JSON,
+        )(self.put)
+        app.delete("/v1/adapters/{name}", summary="Let an adapter not be asked for any more", **answering(Deleted))(
+            self.drop
+        )
+        for path, summary, function in zip(
+            OPEN, ("Whether the server is there", "Whether it answers"), (self.health, self.readiness), strict=True
+        ):
+            app.get(path, summary=summary, **answering(Standing))(function)
+            app.head(path, include_in_schema=False)(function)
+        app.get("/metrics", summary="Figures for Prometheus", response_class=PlainTextResponse)(self.figures)
+        app.get(PAGES[0], summary="A page to try adapters", response_class=HTMLResponse)(self.page)
 
         async def docs() -> Response:
             """The same as /openapi.json."""
             return _html(api_page(app.openapi()))
 
-        app.get("/docs", summary="This description, to read", response_class=HTMLResponse)(docs)
+        app.get(PAGES[1], summary="This description, to read", response_class=HTMLResponse)(docs)
 
     async def classify(self, body: ClassifyRequest, request: Request) -> Response:
         """Texts → label and probabilities, or a value, each, in order."""
         entry = self._entry(body.model, writes=False)
-        texts = [body.input] if isinstance(body.input, str) else body.input
-        self._check_size(part for text in texts for part in _parts(text))
-        rows = _checked(lambda: [row_of(entry, text) for text in texts])
+        self._check_size(texts_of(body))
+        rows = label_rows_of(entry, body)
 
         def make(**kept: Any) -> Job:
             return LabelJob(name=body.model, rows=rows, **kept)
@@ -140,7 +150,7 @@ class _Routes:
         finally:
             asking.close()
         self._metrics.rows(body.model, len(answers))
-        data = [{"index": index, **_rounded(answer)} for index, answer in enumerate(answers)]
+        data = [{"index": index, **rounded(answer)} for index, answer in enumerate(answers)]
         # Made here: what FastAPI makes of a dict it checks and copies first.
         return JSONResponse({"object": "list", "model": body.model, "data": data})
 
@@ -151,7 +161,7 @@ class _Routes:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """A conversation → its next turn, as OpenAI's chat completions."""
-        self._check_size(turn.content for turn in body.messages)
+        self._check_size(turn.text for turn in body.messages)
         return await self._written(body, request)
 
     async def models(self) -> dict[str, Any]:
@@ -167,7 +177,7 @@ class _Routes:
         try:
             entry = await self._called(lambda: self._pool.put(body.name))
         except UnknownName:
-            raise no_such_adapter() from None
+            raise no_such_adapter("name") from None
         except (UserError, OSError) as error:
             # What it says names files of the server.
             self._pool.warn(f"{printable(body.name, 60)}: {error}")
@@ -199,25 +209,25 @@ class _Routes:
 
     async def page(self) -> Response:
         """One page, one script, nothing from elsewhere."""
-        columns = {name: len(entry.task.columns) for name, entry in list(self._pool.entries.items())}
-        return _html(try_page(columns, writes=self._pool.writes))
+        return _html(try_page())
 
     async def _written(self, body: WriteRequest, request: Request) -> Response:
         entry = self._entry(body.model, writes=True)
-        decode = _checked(lambda: decode_of(entry, body))
-        rows = _checked(lambda: rows_of(entry, body))
+        fields = fields_of(body)
+        decode = _checked(lambda: decode_of(entry, body), fields)
+        rows = _checked(lambda: rows_of(entry, body), fields)
         seed, logprobs = seed_of(body), logprobs_of(body)
         if logprobs is not None and not is_stepwise(self._pool, decode):
-            raise Refusal(422, "logprobs: not of an encoder-decoder, nor with beams or penalties")
+            raise Refusal(422, "logprobs: not of an encoder-decoder, nor with beams or penalties", param="logprobs")
         reply = Reply(body, len(rows))
-        asking = Asking(self._scheduler, request, self._spec.timeout_s)
+        asking = Asking(self._scheduler, request, self._spec.timeout_s, fields)
         is_handed_over = False
         try:
             for row in rows:
 
                 def make(row: dict[str, Any] = row, **kept: Any) -> Job:
-                    common = {"name": body.model, "n": body.n, "seed": seed, "streams": bool(body.stream), **kept}
-                    return WriteJob(row=row, decode=decode, logprobs=logprobs, **common)
+                    common = {"name": body.model, "seed": seed, "streams": bool(body.stream), **kept}
+                    return WriteJob(row=row, decode=decode, n=body.num_answers, logprobs=logprobs, **common)
 
                 asking.submit(make)
             # The first event tells whether there is an answer at all: its code can still be said.
@@ -263,7 +273,7 @@ class _Routes:
         try:
             return await asyncio.wrap_future(self._scheduler.call(function))
         except Stopping as error:
-            raise _refusal(error) from error
+            raise refusal_of(error) from error
 
     def _entry(self, name: str, *, writes: bool | None = None) -> Entry:
         entry = self._pool.entries.get(name)
@@ -288,62 +298,18 @@ class _Routes:
             "task": entry.task.spec.name,
             "columns": list(entry.task.columns),
             "labels": list(labels) if labels is not None else None,
+            "writes": entry.writes,
             "base": self._pool.base.base_name,
         }
 
 
-def _rounded(answer: dict[str, Any]) -> dict[str, Any]:
-    """Probabilities to six digits, as `lora infer` writes them."""
-    found = answer.get("probabilities")
-    return answer if found is None else {**answer, "probabilities": {name: round(p, 6) for name, p in found.items()}}
-
-
-def _parts(text: str | dict[str, str] | Sequence[str]) -> Sequence[str]:
-    if isinstance(text, str):
-        return (text,)
-    return [*text, *text.values()] if isinstance(text, dict) else text
-
-
-def _checked(read: Callable[[], T]) -> T:
+def _checked(read: Callable[[], T], fields: Mapping[str, str] | None = None) -> T:
     """What `read` returns; what the user can mend as an answer."""
     try:
         return read()
     except UserError as error:
-        raise _refusal(error) from error
-
-
-def _refusal(error: Exception) -> Exception:
-    if isinstance(error, ConfigError) and not isinstance(error, UnknownName):
-        return Refusal(422, str(error), param=error.key)
-    return refusal_of(error)
+        raise refusal_of(error, fields) from error
 
 
 def _html(text: str) -> Response:
     return HTMLResponse(text, headers={"Content-Security-Policy": POLICY})
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    return JSONResponse(failure(error), error.status, error.headers)
-
-
-async def _invalid(request: Request, error: Exception) -> Response:
-    """What pydantic found, without the values, which may be anything (NaN is no JSON, for one)."""
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    where = ".".join(printable(part, 40) for part in first["loc"] if part != "body")
-    if first["type"] == "json_invalid":
-        return JSONResponse(failure(Refusal(400, "the body is no JSON")), 400)
-    refusal = Refusal(422, f"{where or 'body'}: {printable(first['msg'], 200)}", param=where or None)
-    return JSONResponse(failure(refusal), 422)
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    """What nobody foresaw, of which the gate tells the server's side."""
-    return JSONResponse(failure(Refusal(500, "internal error")), 500)
-
-
-async def _no_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    refusal = Refusal(error.status_code, "no such route" if error.status_code == 404 else str(error.detail))
-    return JSONResponse(failure(refusal), error.status_code, error.headers)

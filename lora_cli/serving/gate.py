@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Gate", "Limits", "Refusal", "failure"]
+__all__ = ["OPEN", "PAGES", "Gate", "Limits", "Refusal", "failure"]
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -23,6 +23,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = ("/healthz", "/readyz")
 """What anybody may ask: whether the server is there."""
+PAGES = ("/", "/docs")
+"""What is read without a token: nothing of the adapters is in there."""
 _BODY_S = 30.0
 """A body has to come within so many seconds."""
 _MARGIN_S = 5.0
@@ -113,22 +115,20 @@ class Gate:
         self._answered(getattr(route, "path", "none"), status, time.perf_counter() - started)
 
     def _check(self, scope: Scope) -> None:
+        if sum(name == b"host" for name, _ in scope["headers"]) > 1:
+            raise Refusal(400, "a request has one Host header")
         if scope["path"] in OPEN:
             return
         headers = dict(scope["headers"])
         limits = self._limits
         if limits.token is not None:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + limits.token.encode()):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            is_right = scheme.lower() == b"bearer" and hmac.compare_digest(given, limits.token.encode())
+            if not is_right and scope["path"] not in PAGES:
                 raise Refusal(401, "a token is needed: Authorization: Bearer TOKEN", code="invalid_api_key")
         elif limits.hosts is not None and _host(headers.get(b"host", b"")) not in limits.hosts:
             # A page of another site, whose name was made to lead here (DNS rebinding), may not ask.
             raise Refusal(403, "this host name is not the server's")
-        if scope["method"] in ("POST", "PUT", "PATCH"):
-            kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-            if kind != b"application/json":
-                # Nor may a form of another site, which needs nobody's leave to send text.
-                raise Refusal(415, "content-type: application/json is needed")
 
     async def _body(self, scope: Scope, receive: Receive) -> Receive:
         """`receive` with the whole body in it."""

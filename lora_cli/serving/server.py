@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import ipaddress
+import math
 import os
 import socket
 import stat
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,22 @@ from lora_cli.errors import ConfigError, printable
 from lora_cli.serving.connections import connection_type
 from lora_cli.spec import ServeSpec
 
-__all__ = ["address_of", "allowed_hosts", "is_loopback", "listen", "open_socket", "read_token"]
+__all__ = [
+    "Ending",
+    "address_of",
+    "allowed_hosts",
+    "build_server",
+    "is_loopback",
+    "listen",
+    "open_socket",
+    "read_token",
+]
 
 _VARIABLE = "LORA_SERVE_TOKEN"
 _MAX_TOKEN = 4096
 _BACKLOG = 512
+_PARTING_S = 3
+"""Whoever is told that the time is up has so long to hear it."""
 _TURN_S = 1e-4
 """Seconds after which a thread that runs Python lets another one. Python's own are 5 ms, which the thread that computes
 would wait for at every operation as long as requests are read."""
@@ -94,20 +108,31 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def listen(
-    app: Callable[..., Any],
-    listener: socket.socket,
-    spec: ServeSpec,
-    *,
-    is_over: Callable[[], bool] = lambda: False,
-    waits: Callable[[int], None] = lambda number: None,
-) -> None:
+@dataclass(frozen=True)
+class Ending:
+    """How a server ends."""
+
+    end: Callable[[], None]
+    """Breaks off what still runs when its time is up."""
+    is_over: Callable[[], bool] = lambda: False
+    """Whether nothing can be answered any more."""
+    waits: Callable[[int], None] = lambda number: None
+    """Is told how many requests still run, if any."""
+
+
+def listen(app: Callable[..., Any], listener: socket.socket, spec: ServeSpec, ending: Ending) -> None:
     """Answer requests until SIGINT or SIGTERM, which take effect when running requests have ended or their time is up;
-    or until `is_over`. `waits` is told how many requests are running then, if any.
+    or until `ending` says that it is over.
 
     Raises:
         KeyboardInterrupt: as the signal.
     """
+    with _short_turns():
+        build_server(app, spec, ending).run(sockets=[listener])
+
+
+def build_server(app: Callable[..., Any], spec: ServeSpec, ending: Ending) -> uvicorn.Server:
+    """What `listen` runs."""
     config = uvicorn.Config(
         app,
         http=connection_type(spec.max_connections),
@@ -118,24 +143,27 @@ def listen(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=max(1, round(spec.grace_s)),
+        timeout_graceful_shutdown=math.ceil(spec.grace_s) + _PARTING_S,
     )
-    with _short_turns():
-        _Server(config, is_over, waits).run(sockets=[listener])
+    return _Server(config, spec.grace_s, ending)
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, is_over: Callable[[], bool], waits: Callable[[int], None]) -> None:
+    def __init__(self, config: uvicorn.Config, grace_s: float, ending: Ending) -> None:
         super().__init__(config)
-        self._is_over, self._waits = is_over, waits
+        self._grace_s, self._ending = grace_s, ending
 
     async def on_tick(self, counter: int) -> bool:
-        return await super().on_tick(counter) or self._is_over()
+        return await super().on_tick(counter) or self._ending.is_over()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if number := len(self.server_state.tasks):
-            self._waits(number)
-        await super().shutdown(sockets)
+            self._ending.waits(number)
+        timer = asyncio.get_running_loop().call_later(self._grace_s, self._ending.end)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,6 @@
-"""The pages of a server: one to try adapters side by side, one that describes its routes. Nothing from elsewhere."""
+"""The pages of a server: one to try adapters side by side, one that describes its routes. Nothing from elsewhere, and
+nothing of the adapters, which the page asks for as every client does.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,6 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
 from lora_cli.page import document, facts, paragraph, section
@@ -15,20 +16,25 @@ __all__ = ["POLICY", "api_page", "try_page"]
 
 _STYLE = """\
 :root { color-scheme: light dark; --ink: #1f2328; --quiet: #59636e; --line: #d1d9e0; --paper: #fff; --soft: #f6f8fa;
-  --bar: #0969da; }
+  --bar: #0969da; --wrong: #d1242f; }
 @media (prefers-color-scheme: dark) { :root { --ink: #f0f6fc; --quiet: #9198a1; --line: #3d444d; --paper: #0d1117;
-  --soft: #151b23; --bar: #58a6ff; } }
+  --soft: #151b23; --bar: #58a6ff; --wrong: #f85149; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 24px 16px 64px; max-width: 1100px; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 15px; margin: 0 0 6px; } p { margin: 4px 0; }
-.quiet { color: var(--quiet); } a { color: inherit; }
-textarea { width: 100%; min-height: 90px; padding: 8px 10px; border: 1px solid var(--line); border-radius: 6px;
+.quiet { color: var(--quiet); } a { color: inherit; } [hidden] { display: none !important; }
+.wrong { color: var(--wrong); border-left: 3px solid var(--wrong); padding-left: 8px; }
+textarea, input:not([type=checkbox]) { padding: 8px 10px; border: 1px solid var(--line); border-radius: 6px;
   background: var(--soft); color: inherit; font: inherit; }
+textarea { display: block; width: 100%; min-height: 90px; } input[type=number] { width: 90px; padding: 5px 8px; }
+input[type=password] { width: 100%; }
 fieldset { border: 1px solid var(--line); border-radius: 6px; margin: 10px 0; padding: 6px 12px; max-height: 180px;
-  overflow-y: auto; display: flex; flex-wrap: wrap; gap: 2px 18px; }
+  overflow-y: auto; display: flex; flex-wrap: wrap; gap: 2px 18px; min-width: 0; }
+.line { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 14px; margin: 8px 0; }
 button { font: inherit; padding: 6px 18px; border: 1px solid var(--line); border-radius: 6px; background: var(--soft);
-  color: inherit; cursor: pointer; }
+  color: inherit; cursor: pointer; } button:disabled { opacity: .55; cursor: default; }
+button.small { padding: 1px 10px; color: var(--quiet); } input { accent-color: var(--bar); }
 #answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 12px;
   margin-top: 16px; }
 article { border: 1px solid var(--line); border-radius: 6px; padding: 10px 14px; min-width: 0; }
@@ -37,8 +43,10 @@ article { border: 1px solid var(--line); border-radius: 6px; padding: 10px 14px;
 .fill { height: 100%; background: var(--bar); }
 """
 _SCRIPT = """\
-const form = document.querySelector('form'), answers = document.getElementById('answers');
-const writes = document.body.dataset.kind === 'writes';
+const form = document.getElementById('try'), answers = document.getElementById('answers');
+const about = document.getElementById('about'), key = document.getElementById('key');
+const {text, models, settings, go} = form.elements;
+let adapters = [], token = '';
 function make(parent, tag, name, text) {
   const made = document.createElement(tag);
   if (name) made.className = name;
@@ -46,16 +54,47 @@ function make(parent, tag, name, text) {
   parent.append(made);
   return made;
 }
-async function post(path, body) {
-  const answer = await fetch(path, {method: 'POST', headers: {'content-type': 'application/json'},
-    body: JSON.stringify(body)});
-  if (!answer.ok) throw new Error((await answer.json()).error.message);
-  return answer;
+async function ask(path, body) {
+  const headers = token ? {authorization: 'Bearer ' + token} : {};
+  const sent = body && {method: 'POST', body: JSON.stringify(body)};
+  const answer = await fetch(path, {...sent, headers: {...headers, ...body && {'content-type': 'application/json'}}})
+    .catch(() => { throw new Error('The server does not answer.'); });
+  if (answer.ok) return answer;
+  if (answer.status === 401) key.hidden = false;
+  throw new Error(await answer.json().then(told => told.error.message, () => 'The server answered ' + answer.status));
 }
-async function classify(model, text, card, columns) {
-  const answer = await post('/v1/classify', {model, input: [columns > 1 ? text.split('\\n') : text]});
+async function list() {
+  adapters = (await (await ask('/v1/models')).json()).data;
+  const named = adapters.length === 1 ? '1 adapter' : adapters.length + ' adapters';
+  const writes = adapters.some(each => each.writes);
+  about.className = 'quiet';
+  about.textContent = adapters.length === 1 ? named : named + ' on one base, side by side';
+  models.replaceChildren();
+  for (const [place, each] of adapters.entries()) {
+    const label = make(models, 'label'), box = make(label, 'input');
+    Object.assign(box, {type: 'checkbox', value: each.id, checked: place < 4});
+    label.append(' ' + each.id);
+    if (each.columns.length > 1) make(label, 'span', 'quiet', ' ' + each.columns.join(', '));
+  }
+  const several = adapters.some(each => each.columns.length > 1) && !writes;
+  text.placeholder = writes ? 'A prompt.' : several ? 'A text; for several columns, one a line.' : 'A text.';
+  go.textContent = writes ? 'Write' : 'Classify';
+  settings.hidden = !writes;
+  key.hidden = true;
+  form.hidden = false;
+}
+function listed(told) {
+  return list().catch(error => {
+    about.className = told || key.hidden ? 'wrong' : 'quiet';
+    const asked = told ? 'Not the token of this server' : 'This server asks for a token';
+    about.textContent = key.hidden ? error.message : asked;
+  });
+}
+async function classify(adapter, given, card) {
+  const cells = given.split('\\n');
+  const answer = await ask('/v1/classify', {model: adapter.id, input: [adapter.columns.length > 1 ? cells : given]});
   const found = (await answer.json()).data[0];
-  if (found.value !== undefined) { make(card, 'p', 'text', String(found.value)); return; }
+  if (adapter.labels === null) { make(card, 'p', 'text', String(Number(found.value.toPrecision(6)))); return; }
   make(card, 'p', 'text', found.label);
   const sorted = Object.entries(found.probabilities).sort((a, b) => b[1] - a[1]).slice(0, 6);
   for (const [label, share] of sorted) {
@@ -65,8 +104,10 @@ async function classify(model, text, card, columns) {
     make(make(row, 'div', 'track'), 'div', 'fill').style.width = 100 * share + '%';
   }
 }
-async function write(model, text, card) {
-  const answer = await post('/v1/completions', {model, prompt: text, stream: true});
+async function write(adapter, given, card) {
+  const chosen = {};
+  for (const field of settings.querySelectorAll('input')) if (field.value) chosen[field.name] = Number(field.value);
+  const answer = await ask('/v1/completions', {model: adapter.id, prompt: given, stream: true, ...chosen});
   const shown = make(card, 'p', 'text', ''), reader = answer.body.getReader(), decoder = new TextDecoder();
   let rest = '';
   for (;;) {
@@ -81,18 +122,35 @@ async function write(model, text, card) {
     }
   }
 }
-form.addEventListener('submit', submitted => {
+async function answered(adapter, given) {
+  const card = make(answers, 'article'), started = performance.now();
+  make(card, 'h2', '', adapter.id);
+  const waits = make(card, 'p', 'quiet', adapter.writes ? 'writing …' : 'reading …');
+  await (adapter.writes ? write : classify)(adapter, given, card)
+    .catch(error => make(card, 'p', 'wrong', error.message));
+  waits.textContent = Math.round(performance.now() - started) + ' ms';
+  card.append(waits);
+}
+form.addEventListener('submit', async submitted => {
   submitted.preventDefault();
+  if (go.disabled) return;
+  const names = [...models.querySelectorAll('input:checked')].map(box => box.value);
+  const given = text.value.replace(/\\n+$/, '');
   answers.replaceChildren();
-  const text = form.elements.text.value;
-  for (const box of form.querySelectorAll('input:checked')) {
-    const card = make(answers, 'article'), started = performance.now();
-    make(card, 'h2', '', box.value);
-    (writes ? write : classify)(box.value, text, card, box.dataset.columns)
-      .catch(error => make(card, 'p', 'quiet', error.message))
-      .finally(() => make(card, 'p', 'quiet', Math.round(performance.now() - started) + ' ms'));
-  }
+  if (!names.length) { make(answers, 'p', 'wrong', 'Choose an adapter.'); return; }
+  go.disabled = true;
+  await Promise.all(adapters.filter(each => names.includes(each.id)).map(each => answered(each, given)));
+  go.disabled = false;
 });
+for (const button of form.querySelectorAll('button.small')) button.addEventListener('click', () => {
+  for (const box of models.querySelectorAll('input')) box.checked = button.name === 'all';
+});
+key.addEventListener('submit', submitted => {
+  submitted.preventDefault();
+  token = key.elements.token.value.trim();
+  listed(true);
+});
+listed(false);
 """
 
 
@@ -105,27 +163,30 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """The one script of ours, told by its hash, and nothing else; it may ask this server only."""
-_SHOWN = 4
-"""Adapters that are chosen at first."""
+_BODY = """\
+<h1>lora serve</h1>
+<p><span id="about" class="quiet">reading …</span> <span class="quiet">· <a href="/docs">The API</a></span></p>
+<form id="key" class="line" hidden><input type="password" name="token" aria-label="token" placeholder="The token"
+  autocomplete="off" required><button>Use it</button></form>
+<form id="try" hidden><textarea name="text" aria-label="text" required></textarea>
+<fieldset name="models" aria-label="adapters"></fieldset>
+<fieldset name="settings" aria-label="settings" hidden>
+<label>temperature <input type="number" name="temperature" min="0" max="2" step="any" placeholder="its own"></label>
+<label>max_tokens <input type="number" name="max_tokens" min="1" placeholder="its own"></label></fieldset>
+<div class="line"><button name="go">Classify</button>
+<button type="button" class="small" name="all">all adapters</button>
+<button type="button" class="small" name="none">none</button></div></form>
+<div id="answers" aria-live="polite"></div>
+"""
 
 
-def try_page(columns: Mapping[str, int], *, writes: bool) -> str:
-    """A text field, the adapters to choose from, and what each makes of the text. `columns`: how many each reads."""
-    boxes = "".join(
-        f'<label><input type="checkbox" name="model" value="{escape(name)}" data-columns="{number}"'
-        f"{' checked' * (place < _SHOWN)}> {escape(name)}</label>"
-        for place, (name, number) in enumerate(columns.items())
-    )
-    hint = "A prompt." if writes else "A text; of a task that reads several columns, one a line."
+def try_page() -> str:
+    """A text field, the adapters to choose from, and what each makes of the text."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>lora serve</title><style>{_STYLE}</style></head>\n"
-        f'<body data-kind="{"writes" if writes else "classifies"}"><h1>lora serve</h1>\n'
-        f'<p class="quiet">{len(columns)} adapters on one base, side by side. <a href="/docs">The API</a></p>\n'
-        f'<form><textarea name="text" aria-label="text" placeholder="{hint}" required></textarea>'
-        f"<fieldset>{boxes}</fieldset><button>{'Write' if writes else 'Classify'}</button></form>\n"
-        f'<div id="answers" aria-live="polite"></div>\n<script>{_SCRIPT}</script></body></html>\n'
+        f"<body>{_BODY}<script>{_SCRIPT}</script></body></html>\n"
     )
 
 

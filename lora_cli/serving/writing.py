@@ -79,10 +79,22 @@ class _Answer:
             text = self._streamer.text[self._sent :]
             self._sent += len(text)
         else:
-            text = text_of(self.ids, self.ready.tokenizer, self.ends, self.job.decode.stop)
+            text = self._text_of(len(self.ids))
+        if finish == "stop" and self.ids[-1] not in self.ends:
+            self._forget_what_is_cut()
         if text or finish:
             self.job.tell(Piece(self.number, text, tuple(self.told), finish, len(self.prompt), len(self.ids)))
             self.told = []
+
+    def _forget_what_is_cut(self) -> None:
+        """Tokens of the stop text are none of the answer's."""
+        number, text = len(self.ids), self._text_of(len(self.ids))
+        while self.told and self._text_of(number - 1).startswith(text):
+            number -= 1
+            self.told.pop()
+
+    def _text_of(self, number: int) -> str:
+        return text_of(self.ids[:number], self.ready.tokenizer, self.ends, self.job.decode.stop)
 
     def _text(self, token: int) -> str:
         return str(self.ready.tokenizer.decode([token], clean_up_tokenization_spaces=False))

@@ -229,6 +229,9 @@ MATRIX = _rows(
         f"{LIMITS}test_only_names_of_the_table_lead_anywhere",
         f"{LIMITS}test_only_names_of_the_table_lead_anywhere_in_an_address",
         f"{LIMITS}test_a_head_of_a_megabyte_is_refused",
+        f"{LIMITS}test_an_endless_head_is_refused_while_an_answer_is_on_its_way",
+        f"{LIMITS}test_endless_trailers_of_a_body_are_refused",
+        f"{LIMITS}test_a_connection_on_which_hundreds_of_requests_wait_is_closed",
         "tests/serving/test_pool.py::test_links_in_a_folder_are_no_adapters",
     ),
     (
@@ -260,7 +263,7 @@ MATRIX = _rows(
     ("SIGTERM while serving", "tests/commands/test_serve.py::test_a_signal_ends_it_after_what_was_begun"),
     (
         "no token, a wrong one",
-        f"{LIMITS}test_a_token_is_needed_on_every_route_but_those_for_health",
+        f"{LIMITS}test_a_token_is_needed_wherever_anything_is_told_or_done",
         f"{LIMITS}test_a_token_comes_from_a_file_of_ones_own_or_the_environment",
         f"{LIMITS}test_other_sites_may_not_ask_by_the_users_browser",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -165,8 +166,10 @@ def test_other_tasks_have_a_board_of_their_own(scratch: Path) -> None:
 def test_a_damaged_run_costs_nobody_else_anything(damage: str, scratch: Path) -> None:
     jobs = sweep(scratch, r2=0.7, r4=0.8)
     (Path(jobs[0].run) / damage).write_text('{"label": ')
-    with pytest.warns(UserWarning, match=damage):
-        (board,) = boards(jobs)
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        (board,) = boards(jobs, said.append)
+    assert [damage in line for line in (*said, *(str(each.message) for each in caught))] == [True]
     rows = {row.title: row for row in board.rows}
     assert len(rows["lora.r=4"].values) == 3
     assert len(rows["lora.r=2"].values) == (3 if "predictions" in damage else 2)

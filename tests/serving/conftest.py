@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from safetensors.torch import load_file, save_file
 
 from commands.conftest import FILMS, MODEL, write_films
@@ -24,10 +23,9 @@ from lora_cli.engine.device import open_device
 from lora_cli.runs.manifest import write_manifest
 from lora_cli.serving.adapters import Shelf
 from lora_cli.serving.api import build_app
-from lora_cli.serving.connections import connection_type
 from lora_cli.serving.pool import Pool
 from lora_cli.serving.scheduler import Scheduler
-from lora_cli.serving.server import allowed_hosts, open_socket
+from lora_cli.serving.server import Ending, allowed_hosts, build_server, open_socket
 from lora_cli.spec import DeviceSpec, ServeSpec
 
 TEXTS = ["mmmmmm", "zzzz and aa, which is longer than the others are", "aa", "zzzz", "a b c"]
@@ -126,10 +124,7 @@ class Served:
         app = build_app(self.scheduler, self.spec, token=token, hosts=hosts, warn=self.warnings.append)
         self._socket = open_socket(self.spec, token)
         self.port = self._socket.getsockname()[1]
-        kind = connection_type(self.spec.max_connections)
-        config = uvicorn.Config(app, http=kind, lifespan="on", log_config=None, log_level="critical", access_log=False)
-        config.timeout_graceful_shutdown = 2
-        self._server = uvicorn.Server(config)
+        self._server = build_server(app, self.spec, Ending(lambda: self.scheduler.stop(0.0)))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
         self._thread.start()
 
@@ -137,8 +132,12 @@ class Served:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def stop(self) -> None:
+    def end(self) -> None:
+        """As a signal does."""
         self._server.should_exit = True
+
+    def stop(self) -> None:
+        self.end()
         self._thread.join(20)
         assert not self._thread.is_alive()
         self._socket.close()
@@ -154,7 +153,7 @@ class Served:
             found = connection.getresponse()
             text = found.read().decode()
         is_json = found.headers.get_content_type() == "application/json"
-        return Answer(found.status, json.loads(text) if is_json else None, found.headers, text)
+        return Answer(found.status, json.loads(text) if is_json and text else None, found.headers, text)
 
     def get(self, path: str, **headers: str) -> Answer:
         return self.ask("GET", path, **headers)

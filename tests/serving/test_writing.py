@@ -182,6 +182,18 @@ def test_an_answer_ends_before_a_stop_text(pool: Pool) -> None:
         assert pieces[-1].num_written < 40
 
 
+def test_tokens_of_a_stop_text_are_not_told(pool: Pool) -> None:
+    drawing = {"sample": True, "seed": 9, "max_new_tokens": 40, "logprobs": 0}
+    (whole,) = answer(pool, **drawing)
+    stop = whole.text[10:12]
+    for streams in (False, True):
+        pieces = answer(pool, **drawing, stop=[stop], streams=streams)
+        tokens = [token for piece in pieces for token in piece.tokens]
+        assert 0 < len(tokens) < pieces[-1].num_written
+        assert tokens == list(whole.tokens[: len(tokens)])
+        assert stop not in "".join(token.text for token in tokens)
+
+
 def test_log_probabilities_are_those_of_the_tokens(pool: Pool) -> None:
     (piece,) = answer(pool, logprobs=3)
     assert len(piece.tokens) == piece.num_written == 12
