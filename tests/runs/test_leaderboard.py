@@ -168,6 +168,7 @@ def test_a_damaged_run_costs_nobody_else_anything(damage: str, scratch: Path) ->
     (Path(jobs[0].run) / damage).write_text('{"label": ')
     said: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         (board,) = boards(jobs, said.append)
     assert [damage in line for line in (*said, *(str(each.message) for each in caught))] == [True]
     rows = {row.title: row for row in board.rows}

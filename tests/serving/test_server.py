@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lora_cli.errors import ConfigError
-from lora_cli.serving.server import listen, open_socket
+from lora_cli.serving.server import Ending, listen, open_socket
 from lora_cli.spec import ServeSpec
 
 
@@ -27,7 +27,7 @@ def test_threads_take_short_turns_while_it_listens_and_usual_ones_afterwards() -
 
     before, spec = sys.getswitchinterval(), ServeSpec(port=0)
     with open_socket(spec, None) as listener, pytest.raises(SystemExit):
-        listen(ends_at_once, listener, spec)
+        listen(ends_at_once, listener, spec, Ending(lambda: None))
     assert turns == [pytest.approx(0.0001)]
     assert sys.getswitchinterval() == before
 
@@ -39,5 +39,5 @@ def test_it_ends_without_a_signal_once_it_is_over() -> None:
 
     ticks = iter([False, True])
     with open_socket(ServeSpec(port=0), None) as listener:
-        listen(starts_and_stops, listener, ServeSpec(port=0), is_over=lambda: next(ticks))
+        listen(starts_and_stops, listener, ServeSpec(port=0), Ending(lambda: None, lambda: next(ticks)))
     assert list(ticks) == []
