@@ -27,6 +27,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from lora_cli.runs.directory import read_json, write_json
+from lora_cli.runs.manifest import write_manifest
 from processes import measure, surroundings
 from serving_sides import KINDS
 
@@ -114,6 +115,8 @@ def make(scratch: Path, number: int) -> Path:
     for adapter in adapters.iterdir():
         shutil.copytree(scratch / "run", runs / adapter.name, ignore=shutil.ignore_patterns("adapter", "checkpoints"))
         shutil.copytree(adapter, runs / adapter.name / "adapter")
+        # Another adapter than the run was saved with.
+        write_manifest(runs / adapter.name)
     return runs
 
 
