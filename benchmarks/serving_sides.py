@@ -19,7 +19,7 @@ from lora_cli.serving.adapters import Shelf
 from lora_cli.serving.api import build_app
 from lora_cli.serving.pool import Labelled, Pool, Ready
 from lora_cli.serving.scheduler import Scheduler
-from lora_cli.serving.server import address_of, allowed_hosts, listen, open_socket
+from lora_cli.serving.server import Ending, address_of, allowed_hosts, listen, open_socket
 from lora_cli.spec import DeviceSpec, ServeSpec
 from mixed import Work, peft_groups, peft_mixed
 from peer_run import Run
@@ -86,7 +86,7 @@ def main() -> None:
             scheduler, spec, token=None, hosts=hosts, warn=lambda text: print(text, file=sys.stderr), started=started
         )
         settle_down()
-        listen(app, listener, spec)
+        listen(app, listener, spec, Ending(lambda: scheduler.stop(0.0)))
 
 
 if __name__ == "__main__":
