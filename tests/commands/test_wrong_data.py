@@ -93,7 +93,7 @@ def data(tmp_path: Path):
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a model is an error."""
-    monkeypatch.setattr("lora_cli.experiment.load_base", lambda *args, **kwargs: pytest.fail("loaded a model"))
+    monkeypatch.setattr("lora_cli.ground.load_base", lambda *args, **kwargs: pytest.fail("loaded a model"))
 
 
 @pytest.mark.parametrize(("row", "what", "extension", "content", "says"), CASES, ids=name)
