@@ -187,7 +187,7 @@ def _check_folder(verb: str, words: Sequence[str]) -> None:
 def _check_sweeping(words: Sequence[str]) -> None:
     """Refuse words about the jobs of a sweep where there is none: Hydra would not say that it ignores them."""
     # Hydra shows a configuration of no sweep.
-    if is_sweep(words) or any(word.startswith(("hydra.mode=", "--cfg", "-c", "--info", "-i")) for word in words):
+    if is_sweep(words) or any(word.startswith(("hydra.mode=", "--cfg", "--info")) or word == "-c" for word in words):
         return
     for word in words:
         if word.startswith(_SWEEPS_OWN):

@@ -29,7 +29,7 @@ TOKEN = "0123456789abcdef-secret"
 USE_TOKENS = """\
 const key = document.getElementById('key'), told = [], about = document.getElementById('about');
 for (const token of ['of another server', TOKEN]) {
-  await until(() => !key.hidden);
+  await until(() => !key.hidden && about.textContent !== 'reading …');
   const before = about.textContent;
   told.push(before);
   key.elements.token.value = token;
