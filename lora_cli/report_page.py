@@ -18,7 +18,7 @@ from lora_cli.runs.predictions import read_predictions
 from lora_cli.screen import count, significant
 from lora_cli.xy_plot import xy_plot
 
-__all__ = ["run_page"]
+__all__ = ["curves", "run_page"]
 
 _MAX_LABELS = 30
 """Rows of a confusion matrix that can be read."""
@@ -52,18 +52,26 @@ def _results(facts: Mapping[str, Any]) -> Html:
     return page.section("Results", page.table(["metric", "value"], rows) if rows else page.paragraph("none yet"))
 
 
-def _curves(run: RunDirectory) -> list[Html]:
-    """The loss, and every figure of the validation split, over the steps."""
+def curves(run: RunDirectory) -> dict[str, list[tuple[float, float]]]:
+    """Losses, and every other figure of the validation split, over the steps of a run; none of what cannot be read."""
     try:
         rows = read_metrics(run.path)
     except RunError:
-        return []
-    names = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
-    losses = {name: _series(rows, name) for name in names if name.endswith("/loss")}
-    parts = [Html(xy_plot(losses, x_label="step", y_label="loss"))] if any(losses.values()) else []
-    for name in names:
-        if name.startswith("validation/") and not name.endswith("/loss"):
-            parts.append(Html(xy_plot({name: _series(rows, name)}, x_label="step", y_label=name)))
+        return {}
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith("validation/"))
+    losses = dict.fromkeys(name for row in rows for name in row if name.endswith("/loss"))
+    return {name: found for name in {**losses, **names} if (found := _series(rows, name))}
+
+
+def _curves(run: RunDirectory) -> list[Html]:
+    found = curves(run)
+    losses = {name: points for name, points in found.items() if name.endswith("/loss")}
+    parts = [Html(xy_plot(losses, x_label="step", y_label="loss"))] if losses else []
+    parts += [
+        Html(xy_plot({name: points}, x_label="step", y_label=name))
+        for name, points in found.items()
+        if name not in losses
+    ]
     return [page.section("While it trained", *parts)] if parts else []
 
 

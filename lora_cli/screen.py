@@ -153,6 +153,11 @@ class Screen:
         """A view on stderr, as wide as the terminal."""
         self._err.print(view, soft_wrap=False)
 
+    def sketch(self, text: str) -> None:
+        """A plot of characters on stderr; on a terminal that can show it only."""
+        if self._err.is_terminal and self._err.encoding.startswith("utf"):
+            self._err.print(escape(text))
+
     def line(self, text: str) -> None:
         """Lines of result on stdout."""
         for line in text.splitlines():

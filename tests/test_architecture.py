@@ -25,7 +25,7 @@ LAYERS = (
     ("plain_attention",),
     (
         *("checkpointing", "compiled", "fitted_table", "isolation", "late_logits", "row_attention", "screen"),
-        *("terminal", "tokenizer", "trackers", "words"),
+        *("terminal", "terminal_plot", "tokenizer", "trackers", "words"),
     ),
     ("options",),
     ("misconfigured",),

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from lora_cli.disk import shown, write_atomic
-from lora_cli.errors import ConfigError, RunError
-from lora_cli.report_page import run_page
+from lora_cli.errors import ConfigError, RunError, printable
+from lora_cli.report_page import curves, run_page
 from lora_cli.runs.difference import read_metrics
 from lora_cli.runs.directory import RunDirectory
-from lora_cli.runs.leaderboard import boards
+from lora_cli.runs.leaderboard import Board, boards
 from lora_cli.runs.predictions import read_predictions
 from lora_cli.runs.registry import find_run, is_bare_adapter
 from lora_cli.runs.sweep import find_sweep, read_jobs
 from lora_cli.screen import Screen
 from lora_cli.spec import ReportRun
 from lora_cli.sweep_page import sweep_page
+from lora_cli.terminal_plot import curve, places
 
 __all__ = ["run"]
 
@@ -30,13 +31,14 @@ def run(spec: ReportRun, *, directory: Path | None = None, overrides: Sequence[s
         UserError: there is no such run or sweep, it is damaged, or the file would replace something else.
     """
     screen = Screen()
+    sketches: Iterable[str]
     if spec.sweep is not None:
         folder = find_sweep(spec.sweep)
         jobs = read_jobs(folder)
         found = boards(jobs, screen.warning)
         if not found:
             raise RunError(f"{folder}: no finished run of the sweep can be read; there is nothing to report")
-        text = sweep_page(folder, jobs, found)
+        text, sketches = sweep_page(folder, jobs, found), filter(None, map(_of_board, found))
     else:
         assert spec.run is not None
         folder = find_run(spec.run)
@@ -44,6 +46,8 @@ def run(spec: ReportRun, *, directory: Path | None = None, overrides: Sequence[s
             raise RunError(f"{folder}: an adapter without its run; there is nothing to report")
         RunDirectory(folder).check_plain()
         text = run_page(RunDirectory(folder), spec.examples)
+        drawn = curves(RunDirectory(folder)).items()
+        sketches = (curve(printable(name, 60), points) for name, points in drawn if len(points) > 1)
         for fault in _damage(RunDirectory(folder)):
             screen.warning(f"{fault}; the page is without it")
     target = Path(spec.output) if spec.output else folder / "report.html"
@@ -56,6 +60,17 @@ def run(spec: ReportRun, *, directory: Path | None = None, overrides: Sequence[s
             raise
         raise RunError(f"{shown(target)}: {error.strerror}; output=FILE writes it elsewhere") from error
     screen.line(str(target))
+    for plot in sketches:
+        screen.sketch(f"\n{plot}")
+
+
+def _of_board(board: Board) -> str | None:
+    """Its configurations by rank, where the metric and the parameters that train put them; None of a single one."""
+    scored = [
+        (row.costs["trainable"], row.mean) for row in board.rows if row.mean is not None and row.costs["trainable"]
+    ]
+    what = f"{board.task}: {board.split}/{board.metric} against parameters that train, by rank"
+    return places(printable(what, 120), scored) if len(scored) > 1 else None
 
 
 def _damage(run: RunDirectory) -> Iterator[str]:

@@ -114,6 +114,19 @@ def test_a_run_beside_itself_is_equal(here, call) -> None:
     assert "validation: 0 of 30 predictions differ" in answer.out
 
 
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [("run=runs/dora", "validation/accuracy"), ("sweep=latest", "against parameters that train, by rank")],
+)
+def test_a_terminal_without_a_browser_gets_a_sketch(what: str, told: str, here, call, monkeypatch) -> None:
+    assert told not in call("report", what, "output=sketched.html").err
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    answer = call("report", what, "output=sketched.html")
+    assert told in answer.err
+    assert "└" in answer.err
+    assert "└" not in answer.out
+
+
 def test_a_report_of_a_run_has_its_figures_and_how_to_get_them_again(here, call) -> None:
     assert call("report", "run=runs/dora", "output=dora.html").out == "dora.html\n"
     found = parsed(Path("dora.html").read_text())
