@@ -12,7 +12,7 @@ from lora_cli import page
 from lora_cli.comparison_view import seconds, size
 from lora_cli.errors import RunError
 from lora_cli.page import Html
-from lora_cli.runs.difference import read_metrics
+from lora_cli.runs.difference import read_metrics, series
 from lora_cli.runs.directory import RunDirectory, read_saved_config, result_keys
 from lora_cli.runs.predictions import read_predictions
 from lora_cli.screen import count, significant
@@ -52,7 +52,7 @@ def _results(facts: Mapping[str, Any]) -> Html:
     return page.section("Results", page.table(["metric", "value"], rows) if rows else page.paragraph("none yet"))
 
 
-def curves(run: RunDirectory) -> dict[str, list[tuple[float, float]]]:
+def curves(run: RunDirectory) -> dict[str, list[tuple[int, float]]]:
     """Losses, and every other figure of the validation split, over the steps of a run; none of what cannot be read."""
     try:
         rows = read_metrics(run.path)
@@ -60,7 +60,7 @@ def curves(run: RunDirectory) -> dict[str, list[tuple[float, float]]]:
         return {}
     names = dict.fromkeys(name for row in rows for name in row if name.startswith("validation/"))
     losses = dict.fromkeys(name for row in rows for name in row if name.endswith("/loss"))
-    return {name: found for name in {**losses, **names} if (found := _series(rows, name))}
+    return {name: found for name in {**losses, **names} if (found := series(rows, name))}
 
 
 def _curves(run: RunDirectory) -> list[Html]:
@@ -73,10 +73,6 @@ def _curves(run: RunDirectory) -> list[Html]:
         if name not in losses
     ]
     return [page.section("While it trained", *parts)] if parts else []
-
-
-def _series(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    return [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
 
 
 def _answers(run: RunDirectory, config: Mapping[str, Any], facts: Mapping[str, Any], examples: int) -> list[Html]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lora_cli.errors import RunError
 from lora_cli.runs.directory import RunDirectory
-from lora_cli.runs.manifest import changed_files
+from lora_cli.runs.manifest import changed_files, harmful
 from lora_cli.spec import TrainRun
 from lora_cli.tasks import build_task, load_rows
 
@@ -42,11 +42,9 @@ def damage(kept: RunDirectory) -> str | None:
     try:
         if kept.facts()["status"] != "finished":
             return None
-        changed = changed_files(kept.path)
+        results = harmful(changed_files(kept.path))
     except RunError as error:
         return str(error)
-    # Notes of a person's own, and a model card that they have worked on, are welcome.
-    results = [each for each in changed if not each.endswith(" new") and ".md " not in each]
     return f"{kept.path}: {results[0]} since it finished" if results else None
 
 

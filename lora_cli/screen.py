@@ -153,10 +153,14 @@ class Screen:
         """A view on stderr, as wide as the terminal."""
         self._err.print(view, soft_wrap=False)
 
+    @property
+    def can_sketch(self) -> bool:
+        """Whether stderr is a terminal that can show plots of characters."""
+        return self._err.is_terminal and self._err.encoding.startswith("utf")
+
     def sketch(self, text: str) -> None:
-        """A plot of characters on stderr; on a terminal that can show it only."""
-        if self._err.is_terminal and self._err.encoding.startswith("utf"):
-            self._err.print(escape(text))
+        """A plot of characters on stderr."""
+        self._err.print(escape(text))
 
     def line(self, text: str) -> None:
         """Lines of result on stdout."""

@@ -16,7 +16,7 @@ from lora_cli.comparison_view import chance, seconds, size
 from lora_cli.errors import RunError
 from lora_cli.page import Html
 from lora_cli.parallel_plot import parallel_plot
-from lora_cli.runs.difference import read_metrics
+from lora_cli.runs.difference import read_metrics, series
 from lora_cli.runs.directory import RunDirectory
 from lora_cli.runs.leaderboard import Board, Configuration, front
 from lora_cli.runs.sweep import DONE, TRAINED, SweepJob, read_command
@@ -195,12 +195,10 @@ def _curves(board: Board, names: Sequence[str], told: Mapping[str, Facts]) -> li
 
 def _mean_curve(row: Configuration, metric: str) -> list[tuple[float, float]]:
     found: dict[float, list[float]] = {}
-    name = f"validation/{metric}"
     for path in row.runs:
         with suppress(RunError):
-            for each in read_metrics(Path(path)):
-                if isinstance(each.get(name), int | float):
-                    found.setdefault(each["step"], []).append(each[name])
+            for step, value in series(read_metrics(Path(path)), f"validation/{metric}"):
+                found.setdefault(step, []).append(value)
     return [(step, fmean(values)) for step, values in sorted(found.items())]
 
 

@@ -21,7 +21,7 @@ from lora_cli.config import compose
 from lora_cli.errors import ConfigError, RunError
 from lora_cli.launchers import Isolated
 from lora_cli.runs.difference import read_metrics
-from lora_cli.runs.sweep import read_jobs, record
+from lora_cli.runs.sweep import STUDY, read_jobs, record
 from lora_cli.screen import Screen, significant
 from lora_cli.spec import LOSS_DOWNWARDS
 from lora_cli.words import shortened, without_hydras
@@ -29,7 +29,6 @@ from lora_cli.words import shortened, without_hydras
 __all__ = ["Search"]
 
 _STUDY = "study"
-_JOURNAL = "study.jsonl"
 _SEEDS = 2**31
 """Half of what a sampler takes, as each start of a study adds to it."""
 _MAX_FAILED = 5
@@ -118,7 +117,7 @@ class Search(Sweeper):
 
     def _study(self, optuna: Any, folder: Path, metric: str) -> Any:
         """The study in the folder; what was being tried when it was interrupted is tried again first."""
-        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / _JOURNAL)))
+        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / STUDY)))
         study = optuna.create_study(
             study_name=_STUDY,
             storage=storage,

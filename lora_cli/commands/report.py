@@ -46,8 +46,7 @@ def run(spec: ReportRun, *, directory: Path | None = None, overrides: Sequence[s
             raise RunError(f"{folder}: an adapter without its run; there is nothing to report")
         RunDirectory(folder).check_plain()
         text = run_page(RunDirectory(folder), spec.examples)
-        drawn = curves(RunDirectory(folder)).items()
-        sketches = (curve(printable(name, 60), points) for name, points in drawn if len(points) > 1)
+        sketches = _of_run(RunDirectory(folder))
         for fault in _damage(RunDirectory(folder)):
             screen.warning(f"{fault}; the page is without it")
     target = Path(spec.output) if spec.output else folder / "report.html"
@@ -60,8 +59,15 @@ def run(spec: ReportRun, *, directory: Path | None = None, overrides: Sequence[s
             raise
         raise RunError(f"{shown(target)}: {error.strerror}; output=FILE writes it elsewhere") from error
     screen.line(str(target))
-    for plot in sketches:
+    for plot in sketches if screen.can_sketch else ():
         screen.sketch(f"\n{plot}")
+
+
+def _of_run(run: RunDirectory) -> Iterator[str]:
+    """What was noted more than once while it trained, over the steps."""
+    for name, points in curves(run).items():
+        if len(points) > 1:
+            yield curve(printable(name, 60), points)
 
 
 def _of_board(board: Board) -> str | None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import RunError, printable
 
-__all__ = ["Difference", "Row", "differing_versions", "first_difference", "read_metrics"]
+__all__ = ["Difference", "Row", "differing_versions", "first_difference", "read_metrics", "series"]
 
 Row = Mapping[str, Any]
 
@@ -42,6 +42,11 @@ def first_difference(ours: Iterable[Row], theirs: Iterable[Row], *, tolerance: f
         if not _equal(*pair, tolerance):
             return Difference(step, name, *pair)
     return None
+
+
+def series(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    """A figure of `read_metrics` over the steps at which it was noted."""
+    return [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -108,7 +108,7 @@ class RunDirectory:
         Raises:
             RunError: it holds a run already, or a file is in the way.
         """
-        if (path / "run.json").exists():
+        if RunDirectory(path).is_begun:
             raise RunError(f"{path}: holds a run already; choose another hydra.run.dir, or resume=auto to continue it")
         if path.exists() and not path.is_dir():
             raise RunError(f"{path}: a file is in the way of the run folder")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lora_cli.disk import sha256
 from lora_cli.errors import RunError, printable
 from lora_cli.runs.directory import read_json, write_json
 
-__all__ = ["NOT_COVERED", "changed_files", "check_model_files", "write_manifest"]
+__all__ = ["NOT_COVERED", "changed_files", "check_model_files", "harmful", "write_manifest"]
 
 _NAME = "manifest.json"
 _MODEL_FOLDERS = ("adapter/", "tokenizer/")
@@ -37,6 +37,13 @@ def changed_files(run: Path) -> list[str]:
     return _changed(run, "")
 
 
+def harmful(changed: Sequence[str]) -> list[str]:
+    """Of what `changed_files` says, what is wrong with the results: a model card that somebody has worked on, and files
+    of their own beside ours, are welcome.
+    """
+    return [each for each in changed if not each.endswith((" new", ".md changed", ".md missing"))]
+
+
 def check_model_files(run: Path) -> None:
     """Refuse a run whose adapter or tokenizer is not as its manifest says, if it has one.
 
@@ -44,8 +51,7 @@ def check_model_files(run: Path) -> None:
         RunError: names the first file.
     """
     changed = _changed(run, _MODEL_FOLDERS) if (run / _NAME).exists() else []
-    # What describes the adapter, or lies beside its files, does no harm.
-    if damaged := [name for name in changed if not name.endswith((" new", ".md changed", ".md missing"))]:
+    if damaged := harmful(changed):
         raise RunError(f"{run}: {damaged[0]} since the run ended ({_NAME}); lora verify run={run} compares all")
 
 

@@ -24,6 +24,7 @@ from lora_cli.runs.directory import RunDirectory, read_json, write_json
 
 __all__ = [
     "DONE",
+    "STUDY",
     "TRAINED",
     "SweepJob",
     "check_folder",
@@ -41,7 +42,7 @@ __all__ = [
 _COMMAND = "command.txt"
 _MAX_COMMAND = 1 << 16
 _MAX_JOBS = 1 << 16
-_STUDY = "study.jsonl"
+STUDY = "study.jsonl"
 """What a search keeps in its folder."""
 _LOOKS_S = 0.1
 _LOGS = (".txt", ".log", ".out", ".err")
@@ -146,12 +147,12 @@ def check_folder(folder: Path, *, anew: bool, searching: bool) -> None:
 
     if not folder.is_dir():
         return
-    if (folder / "run.json").exists():
+    if RunDirectory(folder).is_begun:
         refuse("is a run; choose another folder")
     if (folder / "jobs").is_dir():
         if anew:
             refuse("holds a sweep already; sweep.redo=all needs a folder of its own")
-        if (folder / _STUDY).exists() != searching:
+        if (folder / STUDY).exists() != searching:
             refuse(f"holds a {'sweep that is no search' if searching else 'search'}; choose another folder")
         return
     if not (folder / "multirun.yaml").exists():
@@ -200,7 +201,7 @@ def find_sweep(name: str) -> Path:
         return Path(name)
     if name in folders:
         return folders[name]
-    if (Path(name) / "run.json").exists():
+    if RunDirectory(Path(name)).is_begun:
         raise RunError(f"sweep={name}: a run, not a sweep: run={name}")
     raise UnknownName("sweep", name, ["latest", *folders], "sweep")
 

@@ -52,7 +52,7 @@ class Piece:
     """Tokens read, and tokens written so far."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Job:
     """One request to one adapter. `tell` is called in the thread that works: with a list of answers or with pieces of
     them, or with the exception that ends the job."""
@@ -79,7 +79,7 @@ class Job:
         self.tell(Late("no answer within the time that a request may take"))
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class LabelJob(Job):
     """Rows to be classified: told as one list of answers."""
 
@@ -93,7 +93,7 @@ class LabelJob(Job):
         return len(self.rows)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class WriteJob(Job):
     """A prompt to be answered: told piece by piece."""
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -193,7 +193,7 @@ class Writing:
     def end(self, error: LoraError) -> None:
         """Break off what is begun."""
         self._fail([*self._running, *self._new], error)
-        for job in {id(each.job): each.job for each in self._whole}.values():
+        for job in _jobs(self._whole):
             job.tell(error)
         self._leave_whole(self._whole)
 
@@ -246,17 +246,17 @@ class Writing:
     def _choose(self, answers: Sequence[_Answer], logits_NV: Tensor) -> None:
         likeliest = logits_NV.argmax(-1).tolist()
         pairs = list(zip(answers, logits_NV, likeliest, strict=True))
-        ended, failed = list[_Answer](), dict[int, Exception]()
+        ended, failed = list[_Answer](), dict[WriteJob, Exception]()
         for answer, logits_V, best in pairs:
             try:
                 if answer.choose(logits_V, best):
                     ended.append(answer)
             except Exception as error:
                 # Such as logits of one adapter that are no numbers: with it goes its job, and nobody else.
-                failed[id(answer.job)] = error
-        self._leave([answer for answer in ended if id(answer.job) not in failed])
+                failed[answer.job] = error
+        self._leave([answer for answer in ended if answer.job not in failed])
         for job, reason in failed.items():
-            self._fail([answer for answer in self._running if id(answer.job) == job], reason)
+            self._fail([answer for answer in self._running if answer.job is job], reason)
 
     def _leave(self, answers: Sequence[_Answer], *, tell: bool = False) -> None:
         """These are done."""
@@ -278,8 +278,8 @@ class Writing:
                 answer.job.give_up()
 
     def _fail(self, answers: Sequence[_Answer], error: Exception) -> None:
-        for job in dict.fromkeys(id(answer.job) for answer in answers):
-            next(answer.job for answer in answers if id(answer.job) == job).tell(error)
+        for job in _jobs(answers):
+            job.tell(error)
         self._leave(list(answers))
 
     def _named(self, answers: Sequence[_Answer]) -> Any:
@@ -294,9 +294,9 @@ class Writing:
         try:
             found = self._generated(chosen)
         except Exception as error:
-            failed = {id(each.job): each.job for each in chosen}
-            chosen = [each for each in self._whole if id(each.job) in failed]
-            for each in failed.values():
+            failed = _jobs(chosen)
+            chosen = [each for each in self._whole if each.job in failed]
+            for each in failed:
                 each.tell(error)
         else:
             ends = ends_of(self._pool.bank.model, tokenizer, job.decode.stop)
@@ -329,8 +329,13 @@ class Writing:
         for each in gone:
             self._pool.release(each.ready)
         if tell:
-            for job in {id(each.job): each.job for each in gone}.values():
+            for job in _jobs(gone):
                 job.give_up()
+
+
+def _jobs(answers: Iterable[_Answer | _Whole]) -> list[WriteJob]:
+    """Those that the answers are of, each once."""
+    return list(dict.fromkeys(each.job for each in answers))
 
 
 def is_stepwise(pool: Pool, decode: DecodeSpec) -> bool:

@@ -139,14 +139,22 @@ def test_a_head_of_a_megabyte_is_refused(server: Served) -> None:
     assert server.is_well()
 
 
-def test_an_endless_head_is_refused_while_an_answer_is_on_its_way(server: Served) -> None:
+@contextlib.contextmanager
+def held(server: Served) -> Iterator[None]:
+    """Within it the thread that computes has something else to do, so that answers are on their way."""
     hold = threading.Event()
     server.scheduler.call(lambda: hold.wait(20))
+    try:
+        yield
+    finally:
+        hold.set()
+
+
+def test_an_endless_head_is_refused_while_an_answer_is_on_its_way(server: Served) -> None:
     body = classify("aa")
-    with socket.create_connection(("127.0.0.1", server.port), 10) as client:
+    with held(server), socket.create_connection(("127.0.0.1", server.port), 10) as client:
         client.sendall(_head(len(body)) + body + b"GET / HTTP/1.1\r\nHost: localhost\r\n")
         assert _endless(client) < 16 << 20
-    hold.set()
     assert server.is_well()
 
 
@@ -158,13 +166,10 @@ def test_endless_trailers_of_a_body_are_refused(server: Served) -> None:
 
 
 def test_a_connection_on_which_hundreds_of_requests_wait_is_closed(server: Served) -> None:
-    hold = threading.Event()
-    server.scheduler.call(lambda: hold.wait(20))
     body = classify("aa")
-    with socket.create_connection(("127.0.0.1", server.port), 10) as client:
+    with held(server), socket.create_connection(("127.0.0.1", server.port), 10) as client:
         client.sendall((_head(len(body)) + body) * 200)
         assert client.recv(100) == b""
-    hold.set()
     assert server.is_well()
 
 
